@@ -1,0 +1,1 @@
+"""Programs that the tests trace: sources, and what builds them."""
