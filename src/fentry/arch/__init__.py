@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache
@@ -101,6 +102,14 @@ class ReturnPlane:
 
 
 @dataclass(frozen=True, slots=True)
+class UnwindInfo:
+    """What call frame information refers to."""
+
+    plane: ReturnPlane | None
+    personality: int = 0  #: address of __gcc_personality_v0, or 0
+
+
+@dataclass(frozen=True, slots=True)
 class SlotPlan:
     """One slot to be built: everything an arch needs to emit it."""
 
@@ -111,8 +120,31 @@ class SlotPlan:
     entry: tuple[int, ...] = ()  #: addresses of entry programs
     exit: tuple[int, ...] = ()  #: addresses of exit programs
     consts: int = 0  #: address of the return constants (``Arch.return_consts``), if exit
-    pad: int = 0  #: address of the shared landing-pad tail, or 0 (no C++ unwinder in the target)
+    tail: tuple[int, ...] | None = None  #: entry programs for tail calls, where they differ
+    plain: tuple[int, ...] | None = None  #: entry programs for stacks outside the window, where they differ
+    plane: ReturnPlane | None = None  #: the shadow stack, if exit
+    resume_unwind: int = 0  #: address of _Unwind_Resume, or 0 (no unwinder in the target: no landing pad)
     unwound: tuple[int, ...] = ()  #: programs for frames left by an exception
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What the LLVM IR of a Program must know of an instruction set (see ``fentry.program.ir``).
+
+    IR snippets are text; ``{out}`` and ``{in}`` stand for SSA values.
+    """
+
+    declares: str  #: declarations and attributes that the snippets need
+    thread_pointer: str  #: sets {out} to the i64 thread pointer
+    cycles: str  #: sets {out} to the i64 of the cheapest monotonic counter
+    segment: int = 0  #: address space whose address 0 is the thread's context, or 0: a table hashed by thread pointer
+    set_segment: str = ""  #: makes i64 {in} the thread's context
+    real_thread_pointer: str = ""  #: the architectural register, where `thread_pointer` reads memory instead
+    return_slot: bool = False  #: the return address is on the stack (llvm.addressofreturnaddress works)
+    syscall: str = ""  #: sets {out} to the result of system call i64 {nr} with i64 {a} {b} {c} {d}; native targets only
+    syscalls: dict[str, int] = field(default_factory=dict)  #: numbers of those that programs use
+    features: str = ""  #: LLVM features that keep registers out of a Program's hands
+    clobbers: tuple[str, ...] = ()  #: registers that a Program may destroy
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +171,7 @@ class Arch(ABC):
     tp: str
     insn_align: int  #: instructions start at multiples of this
     jump_reach: int  #: how far a patched site may lie from its slot
+    dialect: Dialect
 
     # -- rung 1 -----------------------------------------------------------------------------------
     @abstractmethod
@@ -187,6 +220,13 @@ class Arch(ABC):
     @abstractmethod
     def return_consts(self, plane: ReturnPlane, slots: int, size: int) -> bytes:
         """Constants that slots with return hooks read, placed near them by the engine."""
+
+    def frame_info(self, shape: SlotShape, slots: Sequence[int], at: int, unwind: UnwindInfo) -> bytes:
+        """Call frame information for slots, as an ``.eh_frame_hdr`` followed by ``.eh_frame``, to lie at `at`.
+
+        Returns: bytes; empty if unwinders of this architecture need nothing.
+        """
+        return b""
 
     # -- rung 5 -----------------------------------------------------------------------------------
     @abstractmethod

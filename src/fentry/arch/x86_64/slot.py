@@ -1,0 +1,275 @@
+"""Slots on x86_64: the little piece of code per site that calls the programs and goes on.
+
+Register story. At a function entry r11 is free, flags are dead, everything else may be live; at an
+exit rax, rdx, xmm0-1, st0-1 and the callee-saved registers are live. A program preserves everything
+but r11. The stack pointer need not be aligned for a program.
+
+Entry only, armed by a call (a sled, or a call of fentry/mcount):
+
+    [rsp] = resume, [rsp+8] = parent
+        call program ...          ; mark = the return address of each
+        ret                       ; to the resume address: paired with the site's call
+
+Entry only, armed by a jump:
+
+    [rsp] = parent
+        call program ...
+        jmp  body
+
+With return hook, always armed by a jump (architecture D9, balanced):
+
+    [rsp] = parent
+        mov  r11, [rsp]
+        cmp  dword [r11+3], MAGIC ; is the caller's return address a hook? then this is a tail call
+        je   tail
+        mov  r11, rsp             ; is this stack mirrored?
+        shr  r11, log2(size)
+        cmp  r11, low >> log2(size)
+        jne  plain
+        movabs r11, off - 8
+        pop  [rsp+r11]            ; the return address moves to its shadow slot
+        call entry program ...    ; each call pushes into the very slot that was popped
+        call body                 ; and so does this one: stack arguments have not moved
+    hook:
+        nop  [rax+MAGIC]          ; 0f 1f 80 imm32: says "I am a hook" to whoever is tail-called
+        mov  rdi, rax             ; programs at an exit take the return value as argument
+        call exit program ...
+        movabs r11, off - 8
+        push [rsp+r11]            ; the return address comes back
+        ret                       ; predicted: the call that made it was never unpaired
+    tail:  call entry program ... ; jmp body
+    plain: call entry program ... ; jmp body
+    pad:                          ; an exception passes: rax = exception, rsp = as at the hook
+        call unwound program ...
+        movabs r11, off - 8
+        push [rsp+r11]
+        sub  rsp, 8
+        mov  rdi, rax
+        movabs r11, _Unwind_Resume
+        call r11
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import cache
+
+from fentry.arch import ReturnPlane, SlotLayout, SlotPlan, SlotShape, UnwindInfo
+from fentry.errors import EngineBug, OutOfReach, Unsupported
+
+#: displacement of the long nop that begins every hook: "fnt" and a byte that no call site has by chance
+MAGIC = 0x0C746E66
+
+_IS_TAIL = bytes.fromhex("4c8b1c24 41817b03") + struct.pack("<I", MAGIC)  # mov r11,[rsp]; cmp dword [r11+3],MAGIC
+_JE = b"\x0f\x84"
+_JNE = b"\x0f\x85"
+_POP_SHADOW = bytes.fromhex("428f041c")  # pop qword [rsp+r11]
+_PUSH_SHADOW = bytes.fromhex("42ff341c")  # push qword [rsp+r11]
+_HOOK_NOP = bytes.fromhex("0f1f80") + struct.pack("<I", MAGIC)
+_RDI_RAX = bytes.fromhex("4889c7")
+
+#: forms whose site is a jump even without a return hook
+JUMP_FORMS = frozenset({"entry-jump"})
+
+
+def _rel(opcode: bytes, at: int, to: int) -> bytes:
+    """Encode `opcode` followed by a rel32 from its end to `to`."""
+    disp = to - (at + len(opcode) + 4)
+    if not -(1 << 31) <= disp < 1 << 31:
+        raise OutOfReach(at, to, 1 << 31)
+    return opcode + struct.pack("<i", disp)
+
+
+def _align(n: int) -> int:
+    return (n + 31) & -32
+
+
+@cache
+def slot_layout(shape: SlotShape) -> SlotLayout:
+    """Layout of slots of this shape; offsets do not depend on addresses."""
+    e, x = shape.entry, shape.exit
+    if x and shape.form == "mcount":
+        raise Unsupported(
+            "a call of mcount sits behind the prologue: its return address cannot be hooked",
+            hint="build with -mfentry or -fpatchable-function-entry, or trace entries only (-p function)",
+        )
+    if not x:
+        marks = tuple(5 * (i + 1) for i in range(e))
+        end = 5 * e + (5 if shape.form in JUMP_FORMS else 1)
+        return SlotLayout(stride=max(16, 1 << (end - 1).bit_length()), entry_marks=marks)
+    at = len(_IS_TAIL) + 6 + 3 + 4 + 4 + 6 + 10 + 4
+    entry = tuple(at + 5 * (i + 1) for i in range(e))
+    call = at + 5 * e
+    hook = call + 5
+    at = hook + len(_HOOK_NOP) + 3
+    exits = tuple(at + 5 * (i + 1) for i in range(x))
+    at += 5 * x + 10 + 4 + 1
+    tails = tuple(at + 5 * (i + 1) for i in range(e))
+    at += 5 * e + 5
+    plains = tuple(at + 5 * (i + 1) for i in range(e))
+    at += 5 * e + 5
+    pad = at
+    unwound = tuple(at + 5 * (i + 1) for i in range(x))
+    end = at + 5 * x + 10 + 4 + 4 + 3 + 10 + 3
+    return SlotLayout(
+        stride=1 << (end - 1).bit_length(),
+        entry_marks=entry,
+        exit_marks=exits,
+        tail_marks=tails,
+        plain_marks=plains,
+        unwound_marks=unwound,
+        hook=hook,
+        pad=pad,
+        call=call,
+    )
+
+
+def slot(plan: SlotPlan) -> bytes:
+    """Emit one slot; see the module's register story."""
+    layout = slot_layout(SlotShape(len(plan.entry), len(plan.exit), plan.sled.form))
+    out = bytearray()
+
+    def calls(programs: Sequence[int]) -> None:
+        for program in programs:
+            out.extend(_rel(b"\xe8", plan.at + len(out), program))
+
+    def jump(opcode: bytes, to: int) -> None:
+        out.extend(_rel(opcode, plan.at + len(out), to))
+
+    if not plan.exit:
+        calls(plan.entry)
+        if plan.sled.form in JUMP_FORMS:
+            jump(b"\xe9", plan.body)
+        else:
+            out.append(0xC3)
+        return bytes(out).ljust(layout.stride, b"\xcc")
+
+    plane = plan.plane
+    if plane is None or plane.size & (plane.size - 1) or plane.low % plane.size:
+        raise EngineBug("a return plane mirrors a naturally aligned power-of-two window of stacks")
+    window = plane.low // plane.size
+    load_off = b"\x49\xbb" + struct.pack("<Q", (plane.off - 8) & (1 << 64) - 1)  # movabs r11, off-8
+    e = len(plan.entry)
+    tail_at = plan.at + (layout.tail_marks[0] - 5 if e else layout.pad - 10)
+    plain_at = plan.at + (layout.plain_marks[0] - 5 if e else layout.pad - 5)
+    out += _IS_TAIL
+    jump(_JE, tail_at)
+    out += bytes.fromhex("4989e3")  # mov r11,rsp
+    out += bytes.fromhex("49c1eb") + bytes([plane.size.bit_length() - 1])  # shr r11, n
+    out += bytes.fromhex("4983fb") + bytes([window])  # cmp r11, window
+    jump(_JNE, plain_at)
+    out += load_off + _POP_SHADOW
+    calls(plan.entry)
+    jump(b"\xe8", plan.body)
+    if len(out) != layout.hook:
+        raise EngineBug(f"slot layout: hook at {len(out)}, not {layout.hook}")
+    out += _HOOK_NOP + _RDI_RAX
+    calls(plan.exit)
+    out += load_off + _PUSH_SHADOW + b"\xc3"
+    calls(plan.entry if plan.tail is None else plan.tail)
+    jump(b"\xe9", plan.body)
+    calls(plan.entry if plan.plain is None else plan.plain)
+    jump(b"\xe9", plan.body)
+    if len(out) != layout.pad:
+        raise EngineBug(f"slot layout: pad at {len(out)}, not {layout.pad}")
+    if plan.resume_unwind:
+        calls(plan.unwound)
+        out += load_off + _PUSH_SHADOW + bytes.fromhex("4883ec08") + _RDI_RAX
+        out += b"\x49\xbb" + struct.pack("<Q", plan.resume_unwind) + bytes.fromhex("41ffd3")
+    if len(out) > layout.stride:
+        raise EngineBug(f"slot of {len(out)} bytes is larger than its stride {layout.stride}")
+    return bytes(out).ljust(layout.stride, b"\xcc")
+
+
+def return_consts(plane: ReturnPlane, slots: int, size: int) -> bytes:  # noqa: ARG001 - the contract's signature
+    """Slots of this architecture carry their constants as immediates."""
+    return b""
+
+
+# ---- call frame information ------------------------------------------------------------------------
+
+_RSP, _RA = 7, 16  # DWARF numbers (psABI figure 3.36)
+
+
+def _uleb(n: int) -> bytes:
+    out = bytearray()
+    while True:
+        byte = n & 0x7F
+        n >>= 7
+        if not n:
+            out.append(byte)
+            return bytes(out)
+        out.append(byte | 0x80)
+
+
+def _in_frame(off: int) -> bytes:
+    """DW_CFA ops: CFA = rsp, return address saved at CFA + off - 8 (an expression: CFA is pushed first)."""
+    expr = b"\x0e" + struct.pack("<Q", (off - 8) & (1 << 64) - 1) + b"\x22"  # const8u, plus
+    return bytes([0x0C, _RSP, 0]) + bytes([0x10, _RA, len(expr)]) + expr
+
+
+def _plain_frame(size: int) -> bytes:
+    """DW_CFA ops: CFA = rsp + size, return address at CFA - 8."""
+    return bytes([0x0C, _RSP]) + _uleb(size) + bytes([0x80 | _RA, 1])
+
+
+def _advance(delta: int) -> bytes:
+    return bytes([0x40 | delta]) if delta < 0x40 else b"\x02" + bytes([delta])
+
+
+def frame_info(shape: SlotShape, slots: Sequence[int], at: int, unwind: UnwindInfo) -> bytes:
+    """Build ``.eh_frame_hdr`` + ``.eh_frame`` for slots with return hooks.
+
+    One FDE per slot, all alike but for the address. With a personality (``__gcc_personality_v0``), one call-site
+    record sends every exception that passes the body's call to the slot's landing pad: without it libgcc
+    aborts in its second phase, because the hook's frame and its caller have the same CFA.
+
+    Layout: hdr (12 bytes + 8 per slot), LSDA, CIE, FDEs, terminator. Encodings: DW_EH_PE_absptr for
+    the addresses in CIE and FDE, sdata4 relative to the header in its table.
+    """
+    plane = unwind.plane
+    if plane is None or not shape.exit or not slots:
+        return b""
+    layout = slot_layout(shape)
+    count = len(slots)
+    hdr_size = 12 + 8 * count
+    with_pad = bool(unwind.personality)
+    # LSDA: no LPStart (= FDE start), no type table, call-site offsets as uleb128
+    sites = _uleb(layout.call) + _uleb(5) + _uleb(layout.pad) + _uleb(0)
+    # a call site covers [call, hook): the unwinder looks up (return address - 1)
+    lsda = b"\xff\xff\x01" + _uleb(len(sites)) + sites
+    lsda = lsda.ljust((len(lsda) + 7) & -8, b"\0")
+    lsda_at = at + ((hdr_size + 7) & -8)
+    cie_at = lsda_at + len(lsda)
+
+    augmentation = b"zPLR\0" if with_pad else b"zR\0"
+    data = b"\x00" + struct.pack("<Q", unwind.personality) + b"\x00\x00" if with_pad else b"\x00"
+    body = b"\x01" + augmentation + _uleb(1) + b"\x78" + _uleb(_RA) + _uleb(len(data)) + data
+    body += _plain_frame(8)
+    cie = struct.pack("<II", 0, 0) + body
+    cie = cie.ljust((len(cie) + 7) & -8, b"\0")
+    cie = struct.pack("<I", len(cie) - 4) + cie[4:]
+
+    popped = layout.call - 5 * shape.entry  # first byte behind the pop
+    pushed = (layout.tail_marks[0] - 5 if shape.entry else layout.pad - 10) - 1  # the ret
+    ops = _advance(popped) + _in_frame(plane.off)
+    ops += _advance(pushed - popped) + _plain_frame(8)
+    ops += _advance(layout.pad - pushed) + _in_frame(plane.off)
+    restored = 5 * shape.exit + 14
+    ops += _advance(restored) + _plain_frame(8)
+    ops += _advance(4) + _plain_frame(16)
+    aug = _uleb(8) + struct.pack("<Q", lsda_at) if with_pad else _uleb(0)
+    fde_size = (8 + 16 + len(aug) + len(ops) + 7) & -8
+    first = cie_at + len(cie)
+
+    fdes = bytearray()
+    table = bytearray()
+    for i, slot_at in enumerate(sorted(slots)):
+        fde_at = first + i * fde_size
+        head = struct.pack("<IIQQ", fde_size - 4, fde_at + 4 - cie_at, slot_at, layout.stride)
+        fdes += (head + aug + ops).ljust(fde_size, b"\0")
+        table += struct.pack("<ii", slot_at - at, fde_at - at)
+    # version 1, eh_frame_ptr absptr? no: sdata4|pcrel, count udata4, table sdata4|datarel
+    hdr = b"\x01\x1b\x03\x3b" + struct.pack("<iI", cie_at - (at + 4), count) + bytes(table)
+    return hdr.ljust((hdr_size + 7) & -8, b"\0") + lsda + cie + bytes(fdes) + b"\0\0\0\0"
