@@ -108,6 +108,7 @@ def build(
     opt: str = "-O2",
     flags: Sequence[str] = (),
     kind: str = "pie",
+    more: Sequence[str | Path] = (),
     extra: Sequence[str] = (),
 ) -> Path:
     """Compile `source` and return the path of the result.
@@ -119,12 +120,13 @@ def build(
         flags: further options; they come last, so they win.
         kind: one of `KINDS`. "bare" is a riscv64 machine-mode image at 0x80000000, linked with
             ``start.S`` and ``bare.ld``.
-        extra: further sources, by the same rule as `source`, compiled without `flags` (a counting
-            library must not count itself). Only for kinds that are linked.
+        more: further sources of the program, treated like `source`. Only for kinds that are linked.
+        extra: the same, but compiled without `flags` (a counting library must not count itself).
 
     Raises: Missing, BuildFailed.
     """
     main = _locate(source)
+    units = [main, *(_locate(m) for m in more)]
     others = [_locate(e) for e in extra]
     command = driver(cc, "c++" if main.suffix in {".cpp", ".cc"} else "c")
     options = [opt, "-g", "-Wall", *KINDS[kind], *flags]
@@ -142,7 +144,7 @@ def build(
         *[str(o.name) for o in others],
     ):
         key.update(part.encode() + b"\1")
-    for path in (main, *others):
+    for path in (*units, *others):
         key.update(path.read_bytes() + b"\1")
     key.update(headers())
     home = cache_dir() / f"{main.stem}-{key.hexdigest()[:20]}"
@@ -172,7 +174,7 @@ def build(
             )
             linked.append(str(unit))
         link = ["-ldl", "-lm"] if kind not in {"object", "bare"} else []
-        _run([*command, *options, str(main), *linked, "-o", str(made / result.name), *link])
+        _run([*command, *options, *map(str, units), *linked, "-o", str(made / result.name), *link])
         (made / "command").write_text(" ".join([*command, *options]) + "\n" + version(command[0]) + "\n")
         try:
             made.rename(home)
@@ -188,7 +190,7 @@ def _locate(source: str | Path) -> Path:
 
 
 def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode != 0:
         raise BuildFailed(f"{' '.join(command)}\n{done.stderr}")
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 from tests.programs.build import find_tool
 
@@ -36,6 +37,7 @@ def run_counted(
         counts = Path(scratch) / "counts"
         done = subprocess.run(
             [str(c) for c in command],
+            check=False,  # what the status must be is the caller's business
             capture_output=True,
             text=True,
             env={**os.environ, **(env or {}), variable: str(counts)},
@@ -48,6 +50,7 @@ def functions_of(path: Path) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     with path.open("rb") as file:
         table = ELFFile(file).get_section_by_name(".symtab")
+        assert isinstance(table, SymbolTableSection), f"{path} is stripped"
         for symbol in table.iter_symbols():
             if symbol["st_info"]["type"] == "STT_FUNC" and symbol["st_shndx"] != "SHN_UNDEF":
                 found.setdefault(symbol["st_value"], []).append(symbol.name)
@@ -58,27 +61,44 @@ def cyg_counts(path: Path, text: str) -> dict[str, int]:
     """Turn what ``cyg.c`` wrote into counts by name, with the symbol table of the program at `path`."""
     names = functions_of(path)
     (main,) = [at for at, known in names.items() if "main" in known]
-    return {sorted(names[main + int(delta)])[0]: int(hits) for delta, hits in (ln.split() for ln in text.splitlines())}
+    return {min(names[main + int(delta)]): int(hits) for delta, hits in (ln.split() for ln in text.splitlines())}
 
 
-def callgrind_counts(command: Sequence[str | Path], *, stdin: bytes = b"") -> dict[str, int]:
-    """Run an unmodified program under callgrind and give calls by function name, of all its modules.
+def callgrind_counts(command: Sequence[str | Path], *, module: str = "", stdin: bytes = b"") -> dict[str, int]:
+    """Run an unmodified program under callgrind and give calls by function name.
 
-    Recursion levels are added up. A function that nobody called by a call or a jump (the first one
-    of a thread, a signal handler) may be missing. Raises Missing.
+    Args:
+        command: the program and its arguments.
+        module: base name of the image whose functions are wanted, e.g. "libsqlite3.so.0.8.6";
+            the program itself if empty. (Different images have functions of one name.)
+        stdin: what the program reads.
+
+    Recursion is added up. What nobody called by a call or a jump (the first function of a thread, a
+    signal handler) may be missing. Raises Missing.
     """
+    wanted = module or Path(command[0]).name
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        options = [f"--callgrind-out-file={out}", "--compress-strings=no", "--compress-pos=no", "--separate-recs=1"]
+        options = [f"--callgrind-out-file={out}", "--compress-strings=no", "--compress-pos=no"]
         subprocess.run(
             [find_tool("valgrind"), "-q", "--tool=callgrind", *options, *[str(c) for c in command]],
-            input=stdin, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            check=False,  # the program's own status
+            input=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         counts: Counter[str] = Counter()
-        callee = ""
+        home = callee_home = callee = ""
         for line in out.read_text().splitlines():
-            if line.startswith("cfn="):
-                callee = re.sub(r"'\d+$", "", line.removeprefix("cfn="))
-            elif line.startswith("calls="):
-                counts[callee] += int(line.removeprefix("calls=").split()[0])
+            key, _, value = line.partition("=")
+            if key == "ob":
+                home = callee_home = Path(value).name
+            elif key == "cob":  # only said when it is not that of the caller, and only for one call
+                callee_home = Path(value).name
+            elif key == "cfn":
+                callee = re.sub(r"'\d+$", "", value)
+            elif key == "calls":
+                if callee_home == wanted:
+                    counts[callee] += int(value.split()[0])
+                callee_home = home
         return dict(counts)

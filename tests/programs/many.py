@@ -11,7 +11,6 @@ leave one out, and each mixes a constant of its own, so no linker can fold two i
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,5 +73,5 @@ def many(count: int, *, cc: str = "gcc", opt: str = "-O1", flags: Sequence[str] 
     if not path.exists() or path.read_text() != text:
         with tempfile.NamedTemporaryFile("w", dir=cache_dir(), suffix=".c", delete=False) as out:
             out.write(text)
-        os.replace(out.name, path)
+        Path(out.name).replace(path)
     return build(path, cc=cc, opt=opt, flags=("-g0", *flags), kind=kind)  # debug information doubles the time
