@@ -28,7 +28,9 @@ A *record* is 16 bytes: ``(a, word)``.
 * ``a`` = time stamp (clock ``tsc``, ``mono`` or ``icount``), or, for clock ``order``, the payload.
 * If bits 47..0 of ``word`` are 0 this is an *extension* of the record before it: ``a`` is a payload
   and bits 63..48 say which: 1 = parent ip (function entry), 2 = return value (exit), 3 = position
-  ``pos`` of the parent ring when a nested record was written (clock ``order`` only).
+  ``pos`` of the parent ring when a nested record was written (clock ``order`` only), 4 = duration of
+  the call in clock units (exit of a call whose entry is not recorded, because the target itself decides
+  by the duration whether the call is worth an event).
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ R_NRINGS, R_RING_SIZE, R_NEXT, R_BEAT, R_POLICY, R_OFF, R_LOST, R_DATA = 8, 16, 
 H_POS, H_LOST, H_LIMIT, H_TP, H_PID, H_TID, H_LEVEL, H_PARENT, H_STATE, H_TAIL = 0, 8, 16, 24, 32, 36, 40, 48, 56, 64
 
 MARK_MASK = (1 << 48) - 1
-EXT_PARENT, EXT_RETVAL, EXT_POS = 1, 2, 3
+EXT_PARENT, EXT_RETVAL, EXT_POS, EXT_DURATION = 1, 2, 3, 4
 
 
 class Policy(IntEnum):
