@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache
@@ -138,11 +138,16 @@ class Dialect:
     thread_pointer: str  #: sets {out} to the i64 thread pointer
     cycles: str  #: sets {out} to the i64 of the cheapest monotonic counter
     segment: int = 0  #: address space whose address 0 is the thread's context, or 0: a table hashed by thread pointer
+    segment_register: str = ""  #: name of that segment's base in target.regs()
+    thread_register: str = ""  #: name of the thread pointer in target.regs(), where a thread may lack one
     set_segment: str = ""  #: makes i64 {in} the thread's context
     real_thread_pointer: str = ""  #: the architectural register, where `thread_pointer` reads memory instead
     return_slot: bool = False  #: the return address is on the stack (llvm.addressofreturnaddress works)
     syscall: str = ""  #: sets {out} to the result of system call i64 {nr} with i64 {a} {b} {c} {d}; native targets only
     syscalls: dict[str, int] = field(default_factory=dict)  #: numbers of those that programs use
+    #: where an entry program finds the parent address, by form of the sled ("" = any other form):
+    #: "next", "after-resume" or "none", see fentry.program.ir.Parent; slots with return hooks have their own rule
+    parent: dict[str, str] = field(default_factory=dict)
     features: str = ""  #: LLVM features that keep registers out of a Program's hands
     clobbers: tuple[str, ...] = ()  #: registers that a Program may destroy
 
@@ -240,9 +245,39 @@ class Arch(ABC):
             room: bytes from ``code[0]`` that belong to this function or to padding after it.
         """
 
+    def plan_entries(
+        self,
+        text: bytes,
+        at: int,
+        functions: Sequence[tuple[int, int, int]],
+        read: Callable[[int, int], bytes],
+    ) -> list[Sled | Refusal]:
+        """Plan entry jumps for many functions of one text range.
+
+        Args:
+            text: the whole executable range.
+            at: its address.
+            functions: (address, size, room) as in :meth:`entry_window`.
+            read: reads up to `size` bytes of the image at an address (jump tables in read-only data).
+
+        Returns: a plan for each function, in order; the patched bytes begin behind the landing pad.
+        """
+        plans: list[Sled | Refusal] = []
+        for address, size, room in functions:
+            code = text[address - at : address - at + max(size, min(room, size + 16))]
+            plans.append(self.entry_window(code, address, size, room))
+        return plans
+
     @abstractmethod
     def displace(self, sled: Sled, at: int, to: int, resume: int) -> Displaced:
         """Rewrite ``sled.idle`` (from `at`) to run at `to` and go on at `resume`. Raises Rejected."""
+
+    def frame_size(self, code: bytes) -> int:
+        """Bytes of stack that the program beginning with `code` takes at its start.
+
+        Only asked where ``dialect.return_slot`` is False: there a program finds its caller's frame by it.
+        """
+        raise NotImplementedError
 
     def branch_targets(self, code: bytes, at: int) -> list[tuple[int, int]]:
         """(from, to) of every direct branch or call in straight-line decoded `code`."""

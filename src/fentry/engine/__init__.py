@@ -1,0 +1,431 @@
+"""Engine: puts programs at sites of a target, and takes them away again.
+
+    with Engine(target) as engine:          # target stopped
+        engine.register(op, sites)
+        engine.commit()                     # islands built, sites patched
+        target.resume()
+        ...
+    # here the target is byte for byte what it was
+
+An engine owns everything it maps in the target: rings, contexts, the shadow stack, islands, the undo journal. Each
+address is in the journal before it is used.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from fentry.arch import Arch, ReturnPlane, load
+from fentry.engine import journal as undo
+from fentry.engine import patch, restore, unwind
+from fentry.engine.census import Site
+from fentry.engine.island import Island, SlotTable, build, code_size, group, room_for
+from fentry.engine.ops import Op
+from fentry.errors import AskedWrong, CannotHere, EngineBug, TargetRefused, TraceError
+from fentry.program.compile import compile_text
+from fentry.program.ir import CONTEXT, COUNTER, Layout
+from fentry.record import layout as L
+from fentry.record.layout import Policy, Table
+from fentry.record.ring import Region
+from fentry.target import Mapping, Target, need
+
+__all__ = ["Engine", "Op", "Site"]
+
+#: threads (and signal levels, and forked processes) that can record at the same time
+RINGS = 256
+#: bytes of one ring: 65,536 records
+RING_SIZE = 1 << 20
+#: sites of one island lie within this many bytes
+_CLUSTER = 1 << 29
+
+
+@dataclass(slots=True)
+class _Armed:
+    """One site as it is in the target now."""
+
+    site: Site
+    ops: tuple[Op, ...] = ()  #: newest first
+    bytes: bytes = b""  #: what is in the target; empty = idle
+    table: SlotTable | None = None
+
+
+class Engine:
+    """Sites, ops and rings of one target.
+
+    Args:
+        target: a stopped target.
+        clock: "tsc" (cheapest true time), "order" (no time, only sequence), "icount" (a target's virtual clock).
+        policy: what happens to events that find their ring full.
+        rings: how many threads can record at the same time (a power of two).
+        ring_size: bytes per ring (a power of two).
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        clock: str = "",
+        policy: Policy = Policy.BLOCK,
+        rings: int = RINGS,
+        ring_size: int = RING_SIZE,
+    ) -> None:
+        self.target = target
+        self.arch: Arch = load(target.arch)
+        self.clock_at = int(getattr(target, "clock_at", 0) or 0)
+        self.clock = clock or ("icount" if self.clock_at else "tsc")
+        if self.clock == "icount" and not self.clock_at:
+            raise CannotHere(f"a {target.kind} target has no instruction counter", hint="use --clock tsc or order")
+        if self.clock == "tsc" and self.clock_at:
+            raise CannotHere(f"a {target.kind} target has no time stamp counter", hint="use --clock icount or order")
+        if self.clock not in ("tsc", "order", "icount"):
+            raise AskedWrong(f"no clock {self.clock!r}", hint="clocks: tsc, order, icount")
+        for what, n in (("rings", rings), ("ring size", ring_size)):
+            if n & (n - 1) or n <= 0:
+                raise AskedWrong(f"{what} {n} is not a power of two")
+        self.policy = policy
+        self.rings = rings
+        self.ring_size = ring_size
+        self.islands: list[Island] = []
+        self.symbols: Callable[[str], int] = lambda _name: 0  #: address of a symbol in the target, or 0
+        self.region: Region | None = None
+        self.counters: memoryview | None = None
+        self.report: restore.Report | None = None
+        self._armed: dict[int, _Armed] = {}
+        self._dirty: set[int] = set()
+        self._journal: undo.Journal | None = None
+        self._layout: Layout | None = None
+        self._plane: ReturnPlane | None = None
+        self._rows = 0
+        self._row_room = 0
+        self._unwind_sites: dict[str, Site] = {}
+        self._unwind_island = 0
+        self._unwind_now: dict[int, bytes] = {}
+        self._closed = False
+
+    # -- what runs where -------------------------------------------------------------------------------
+    def register(self, op: Op, sites: Iterable[Site]) -> None:
+        """Add an op to sites; takes effect at :meth:`commit`. The newest op's entry runs first."""
+        for site in sites:
+            armed = self._armed.setdefault(site.at, _Armed(site))
+            if op in armed.ops:
+                continue
+            armed.ops = (op, *armed.ops)
+            self._dirty.add(site.at)
+
+    def unregister(self, op: Op, sites: Iterable[Site] | None = None) -> None:
+        """Take an op away from `sites`, or from all; takes effect at :meth:`commit`."""
+        only = None if sites is None else {s.at for s in sites}
+        for at, armed in self._armed.items():
+            if op in armed.ops and (only is None or at in only):
+                armed.ops = tuple(o for o in armed.ops if o is not op)
+                self._dirty.add(at)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site that was ever registered, in a stable order: the trace's site numbers."""
+        return [a.site for a in self._armed.values()]
+
+    def tables(self, op: Op) -> list[Table]:
+        """Slot tables of one op, for decoding."""
+        index = {at: i for i, at in enumerate(self._armed)}
+        return [t.table(op, index) for island in self.islands for t in island.tables if op in t.ops]
+
+    def rows(self, op: Op) -> list[tuple[Site, int]]:
+        """Counter rows of an op: (site, row)."""
+        return [
+            (site, t.row + i)
+            for island in self.islands
+            for t in island.tables
+            if op in t.ops
+            for i, site in enumerate(t.sites)
+        ]
+
+    # -- memory in the target ----------------------------------------------------------------------------
+    def open(self, *, extra_sites: int = 0) -> None:
+        """Map what the registered ops need. The target must be stopped; it may run on afterwards.
+
+        Args:
+            extra_sites: room in the journal and the counters for sites registered later.
+        """
+        target = self.target
+        allocator = need(target.allocator, "memory allocator", target=target)
+        shared = need(target.shared, "shared memory", target=target)
+        self._check_threads()
+        count = len(self._armed) + extra_sites
+        ops = {op for a in self._armed.values() for op in a.ops}
+        size = undo.size_for(2 * count + 16)
+        at, view = shared.share(size, undo.NAME)
+        self._journal = undo.Journal(at, view)
+        meta = self._journal.meta
+        self._note(at, size)
+
+        size = L.region_size(self.rings, self.ring_size)
+        region_at, view = shared.share(size, "fentry.rings")
+        self._note(region_at, size)
+        meta.region = (region_at, size)
+        self.region = Region.format(view, self.rings, self.ring_size, self.policy)
+
+        size = self.rings * CONTEXT + target.page  # one more: all zero, where a thread begins
+        contexts = allocator.map(size, "rw-", name="wipeonfork")
+        self._note(contexts, size)
+        meta.context = (contexts, size)
+
+        shadow = plane_step = 0
+        if any(op.exit for op in ops):
+            low, window = self._stack_window()
+            planes = 3 if any(_deep(op) for op in ops) else 1
+            at = allocator.map(planes * window, "rw-", name="noreserve")
+            self._note(at, planes * window)
+            shadow, plane_step = at - low, window
+            self._plane = ReturnPlane(shadow, low, window)
+            meta.shadow, meta.low, meta.size = shadow, low, window
+        counters = 0
+        if any(op.counts for op in ops):
+            self._row_room = max(2 * count, 64)
+            size = self.rings * self._row_room * COUNTER
+            counters, self.counters = shared.share(size, "fentry.counts")
+            self._note(counters, size)
+        self._journal.save()
+        self._layout = Layout(
+            region=region_at,
+            nrings=self.rings,
+            ring_size=self.ring_size,
+            contexts=contexts,
+            clock={"icount": "memory"}.get(self.clock, self.clock),
+            clock_at=self.clock_at,
+            shadow=shadow,
+            plane=plane_step,
+            counters=counters,
+            sites=self._row_room,
+            system_calls=target.kind == "process" if not hasattr(target, "system_calls") else target.system_calls,
+        )
+
+    def _note(self, at: int, size: int) -> None:
+        assert self._journal is not None
+        self._journal.meta.mappings.append((at, size))
+        self._journal.save()
+
+    def _check_threads(self) -> None:
+        d = self.arch.dialect
+        if not d.segment_register:
+            return
+        for tid in self.target.threads():
+            base = self.target.regs(tid)[d.segment_register]
+            if base:
+                raise TargetRefused(
+                    f"thread {tid} uses {d.segment_register} itself ({base:#x})",
+                    hint="another fentry traces it, or it is a program like Wine; if a tracer was killed: "
+                    f"fentry recover {self.target.pid}",
+                )
+
+    def _stack_window(self) -> tuple[int, int]:
+        """(low, size) of the stack addresses to mirror: an aligned power of two around every thread's stack."""
+        asked: tuple[int, int] | None = getattr(self.target, "stack_window", None)
+        if asked is not None:
+            return asked
+        low, high = 1 << 64, 0
+        mappings = self.target.mappings()
+        for tid in self.target.threads():
+            sp = self.target.regs(tid)[self.arch.sp]
+            m = _containing(mappings, sp - 1)
+            if m is None:
+                continue
+            low, high = min(low, m.start), max(high, m.end)
+        if high == 0:
+            largest = max((m for m in mappings if m.perms.startswith("rw")), key=lambda m: m.size, default=None)
+            if largest is None:
+                raise TargetRefused("no stack was found to mirror", hint="trace entries only: -p function")
+            low, high = largest.start, largest.end
+        size = 1 << 16
+        while (low & -size) + size < high:
+            size <<= 1
+        return low & -size, size
+
+    # -- building and patching -----------------------------------------------------------------------------
+    def commit(self) -> None:
+        """Bring the target to what is registered.
+
+        Islands are built and filled first, which needs no stop unless memory must be mapped; then the target is stopped, every
+        place is verified, and all are patched. On return the target is stopped.
+
+        Raises: PatchMismatch (nothing was changed), OutOfReach, Gone, TargetRefused.
+        """
+        if self._layout is None:
+            self.open()
+        dirty = [self._armed[at] for at in sorted(self._dirty)]
+        wanted = [(a.site, a.ops) for a in dirty if a.ops]
+        placed: dict[int, tuple[SlotTable, int]] = {}
+        for cluster in self._clusters(wanted):
+            island = self._build(cluster)
+            for table in island.tables:
+                for i, site in enumerate(table.sites):
+                    placed[site.at] = (table, table.slot(i))
+        changes, after = [], {}
+        for a in dirty:
+            site = a.site
+            now = a.bytes or site.sled.idle
+            if a.ops:
+                table, slot = placed[site.at]
+                put = self.arch.arm(site.at, site.sled, slot, balanced=table.hooked)
+                after[site.at] = (put, table)
+            else:
+                put, table = site.sled.idle, None
+                after[site.at] = (b"", None)
+            changes.append(patch.Change(site.at, now, put))
+        self.target.stop()
+        fresh = not any(a.bytes for a in self._armed.values())
+        try:
+            if fresh:
+                self._enter_threads()
+            changes += self._unwinder_changes()
+            patch.leave(self.target, [(c.at, c.at + len(c.put)) for c in changes])
+            patch.apply(self.target, changes, self._journal)
+        except TraceError:
+            if fresh:
+                self._leave_threads()
+            raise
+        for a in dirty:
+            a.bytes, a.table = after[a.site.at]
+        self._dirty.clear()
+
+    def _clusters(self, wanted: Sequence[tuple[Site, tuple[Op, ...]]]) -> list[list[tuple[Site, tuple[Op, ...]]]]:
+        clusters: list[list[tuple[Site, tuple[Op, ...]]]] = []
+        for item in sorted(wanted, key=lambda w: w[0].at):
+            if clusters and item[0].at - clusters[-1][0][0].at < _CLUSTER:
+                clusters[-1].append(item)
+            else:
+                clusters.append([item])
+        return clusters
+
+    def _map_code(self, size: int, near: int) -> int:
+        """Map an island. Mapping needs the target stopped; filling it does not."""
+        assert self._journal is not None
+        allocator = need(self.target.allocator, "memory allocator", target=self.target)
+        self.target.stop()
+        reach = min(self.arch.jump_reach, 1 << 40) - _CLUSTER
+        at = allocator.map(size, "r-x", near=near, reach=reach)
+        self._journal.meta.code.append((at, size))
+        self._note(at, size)
+        return at
+
+    def _build(self, cluster: list[tuple[Site, tuple[Op, ...]]]) -> Island:
+        assert self._layout is not None
+        assert self._journal is not None
+        tables = group(self.arch, cluster, returns=self._plane is not None, first_row=self._rows)
+        self._rows += len(cluster)
+        if self._row_room and self._rows > self._row_room:
+            raise EngineBug("more counter rows than were planned")
+        size = room_for(tables, code_size(self.arch, self._layout, tables))
+        at = self._map_code(size, cluster[0][0].at)
+        personality, resume = 0, 0
+        if any(t.hooked for t in tables):
+            personality, resume = self.symbols("__gcc_personality_v0"), self.symbols("_Unwind_Resume")
+            if not (personality and resume):
+                personality = resume = 0
+        island = build(
+            self.arch,
+            self._layout,
+            tables,
+            at,
+            size,
+            plane=self._plane,
+            personality=personality,
+            resume_unwind=resume,
+        )
+        patch.write_new(self.target, at, island.code)
+        for t in tables:
+            if t.hooked:
+                self._journal.meta.hooks.append(
+                    undo.HookTable(t.base, t.layout.stride, len(t.sites), t.layout.hook)
+                )
+        self._journal.save()
+        self.islands.append(island)
+        return island
+
+    # -- threads -----------------------------------------------------------------------------------------
+    def _enter_threads(self) -> None:
+        """Give every thread a context to begin with: one that belongs to nobody, so that its first event claims one."""
+        d = self.arch.dialect
+        assert self._journal is not None
+        if not d.segment_register:
+            return
+        start, size = self._journal.meta.context
+        empty = start + size - self.target.page
+        for tid in self.target.threads():
+            change = {d.segment_register: empty}
+            if d.thread_register and self.target.regs(tid)[d.thread_register] == 0:
+                # a static program before its TLS is set up: lend it a block whose first word points to itself
+                lent = empty + 2048
+                self.target.write(lent, struct.pack("<Q", lent))
+                self._journal.meta.tls = lent
+                self._journal.save()
+                change[d.thread_register] = lent
+            self.target.set_regs(tid, change)
+
+    def _leave_threads(self) -> None:
+        assert self._journal is not None
+        restore._lend_back(self.target, self.arch, self._journal.meta)
+
+    # -- unwinders ------------------------------------------------------------------------------------------
+    def unwinder_sites(self, sites: dict[str, Site]) -> None:
+        """Tell where ``_dl_find_object`` and ``dl_iterate_phdr`` can be hooked (see engine.unwind)."""
+        self._unwind_sites = sites
+
+    def _unwinder_changes(self) -> list[patch.Change]:
+        """Entry jumps that let unwinders find our frame information; empty if nothing changed."""
+        objects = [o for island in self.islands for o in island.unwind]
+        if not objects or not self._unwind_sites or len(self.islands) == self._unwind_island:
+            return []
+        self._unwind_island = len(self.islands)
+        changes = []
+        for name, site in self._unwind_sites.items():
+            armed = self._armed.get(site.at)
+            if armed is not None and (armed.bytes or armed.ops):
+                continue  # it is being traced; the census refuses that for hooked returns
+            size = 8192 + 512 * len(objects)
+            at = self._map_code(size, site.at)
+            moved = self.arch.displace(site.sled, site.at, at, site.at + site.sled.resume)
+            entry = (len(moved.code) + 63) & -64
+            find = at if name == unwind.FIND else 0
+            iterate = at if name == unwind.ITERATE else 0
+            blob = compile_text(self.arch, unwind.module(objects, find, iterate))
+            symbol = "find" if find else "iterate"
+            code = moved.code.ljust(entry, b"\xcc") + blob.code
+            patch.write_new(self.target, at, code)
+            put = self.arch.arm(site.at, site.sled, at + entry + blob.symbols[symbol], balanced=True)
+            now = self._unwind_now.get(site.at, site.sled.idle)
+            self._unwind_now[site.at] = put
+            changes.append(patch.Change(site.at, now, put))
+        return changes
+
+    # -- the end ---------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Undo everything. The target is left stopped; one that is gone is fine. Idempotent."""
+        if self._closed or self._journal is None:
+            return
+        self._closed = True
+        self.target.stop()
+        view = bytes(self._journal.view)
+        self.report = restore.restore(self.target, *undo.parse(view))
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        from fentry.errors import Gone
+
+        try:
+            self.close()
+        except Gone:
+            pass
+
+
+def _deep(op: Op) -> bool:
+    """Its programs use the second and third shadow plane."""
+    return any(s is not None and (s.timed or s.threshold or s.depth) for s in (op.entry, op.exit))
+
+
+def _containing(mappings: Sequence[Mapping], at: int) -> Mapping | None:
+    return next((m for m in mappings if m.start <= at < m.end), None)

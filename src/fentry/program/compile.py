@@ -46,7 +46,7 @@ def compile_programs(arch: Arch, layout: Layout, specs: Sequence[Spec]) -> Blob:
         module = Module(arch.dialect, lay)
         for spec in specs:
             module.add(spec)
-        return _compile(arch, module.text())
+        return compile_text(arch, module.text())
 
     blob = build(layout)
     if arch.dialect.return_slot:
@@ -76,7 +76,8 @@ def _machine(triple: str, cpu: str, features: str) -> llvm.TargetMachine:
     )
 
 
-def _compile(arch: Arch, text: str) -> Blob:
+def compile_text(arch: Arch, text: str) -> Blob:
+    """Compile a module given as text; TRIPLE stands for the target triple. Raises EngineBug."""
     features = ",".join(f for f in (arch.features, arch.dialect.features) if f)
     text = text.replace("TRIPLE", arch.triple)
     stamp = f"{CACHE_VERSION} {llvmlite.__version__} {arch.triple} {arch.cpu} {features}\n"

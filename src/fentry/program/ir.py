@@ -52,6 +52,7 @@ class Parent(Enum):
     NEXT = "next"  #: the next stack word (armed by a jump; riscv: 8(sp) of the slot's frame)
     AFTER_RESUME = "after-resume"  #: behind the resume address (armed by a call)
     SHADOW = "shadow"  #: in the shadow stack
+    SHADOW_NEXT = "shadow-next"  #: in the shadow of the next stack word (a tail call: that word is a hook)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +234,9 @@ class Module:
 
     # -- one program -------------------------------------------------------------------------------
     def _body(self, spec: Spec, *, slow: bool) -> str:
+        if not (spec.record or spec.count or spec.timed):  # tracer nop: the cost of being called at all
+            name, params = (f"{spec.name}.slow", "") if slow else (spec.name, "i64 %ret" if spec.exit else "")
+            return f"define {'internal ' if slow else ''}preserve_mostcc void @{name}({params}) {_ATTRS} {{ ret void }}"
         t, lay, d = Text(), self.layout, self.dialect
         name = f"{spec.name}.slow" if slow else spec.name
         params = "i64 %ret" if spec.exit else ""
@@ -373,8 +377,9 @@ class Module:
             bits = t.op(f"shl i64 {t.op(f'lshr i64 {position}, 4')}, 48")
             word = t.op(f"or i64 {bits}, {mark}")
         parent = ""
-        if spec.parent is Parent.SHADOW:
-            parent = t.load(t.pointer(t.op(f"add i64 {position}, {shadow}")))
+        if spec.parent in (Parent.SHADOW, Parent.SHADOW_NEXT):
+            next_word = 8 if spec.parent is Parent.SHADOW_NEXT else 0
+            parent = t.load(t.pointer(t.op(f"add i64 {position}, {shadow + next_word}")))
         elif spec.parent is not Parent.NONE:
             # with return_slot, `position` is where the program's own return address lies
             offset = {Parent.NEXT: 8, Parent.AFTER_RESUME: 16}[spec.parent]

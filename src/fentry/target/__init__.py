@@ -151,6 +151,10 @@ class Target(ABC):
     def stop(self) -> None:
         """Stop every thread. Idempotent. Raises Gone."""
 
+    def touched(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Page ranges inside [start, end) that were ever written; a target that cannot tell gives all of it."""
+        return [(start, end)] if start < end else []
+
     @abstractmethod
     def close(self) -> None:
         """Let go. Idempotent, never raises for a target that is gone."""

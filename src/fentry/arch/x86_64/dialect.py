@@ -16,6 +16,8 @@ attributes #9 = { "target-features"="+fsgsbase" }
     real_thread_pointer="{out} = call i64 @llvm.x86.rdfsbase.64()",
     cycles="{out} = call i64 @llvm.readcyclecounter()",
     segment=256,
+    segment_register="gs_base",
+    thread_register="fs_base",
     set_segment="call void @llvm.x86.wrgsbase.64(i64 {in})",
     return_slot=True,
     syscall=(
@@ -24,6 +26,8 @@ attributes #9 = { "target-features"="+fsgsbase" }
         "(i64 {nr}, i64 {a}, i64 {b}, i64 {c}, i64 {d})"
     ),
     syscalls={"getpid": 39, "gettid": 186, "nanosleep": 35},
+    # behind a prologue (mcount) the caller's address is at 8(%rbp), which a program cannot read
+    parent={"entry-jump": "next", "mcount": "none", "": "after-resume"},
     features="+fsgsbase",
     # r11 is the one register that is free at a function entry (psABI 3.2.1) and at an exit.
     clobbers=("r11",),

@@ -1,0 +1,232 @@
+"""The census: every function of a module with exactly one verdict, the form chosen or the reason why not.
+
+Decided from the file alone, before any target exists; the same verdicts serve ``fentry list``, ``fentry explain`` and the
+engine, which checks the target's memory against them before it writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fentry.arch import Arch, Refusal, Rung, Sled, by_elf_machine
+from fentry.errors import BadImage
+from fentry.image import Function, Image
+from fentry.target import Module
+
+#: not functions in the ABI's sense: their own calling convention, or nothing ever calls them
+_NEVER = {
+    "its own calling convention": re.compile(
+        r"_dl_tlsdesc_\w+|_dl_runtime_resolve\w*|_dl_runtime_profile\w*|__x86_\w*thunk\w*|__x86\.get_pc_thunk\.\w+"
+        r"|__morestack\w*|__tls_desc\w*|__riscv_save_\d+|__riscv_restore_\d+|__restore_rt|__restore|__rt_sigreturn"
+        r"|__kernel_\w+|_dl_static_init_tls_desc"
+    ),
+    "an instrumentation hook itself": re.compile(r"_?_?mcount|__fentry__|__gnu_mcount_nc|__cyg_profile_func_\w+"),
+    "the program's first instruction: nothing called it": re.compile(r"_start|_dl_start|_dl_start_user|__start|_rt_entry"),
+}
+#: they save a return address and come back through it later: an entry is fine, a return hook is not
+_RETURNS_TWICE = re.compile(
+    r"(__)?(_|sig|_sig|__sig)?setjmp|savectx|(__)?getcontext|(__)?(libc_)?vfork|__vfork\w*|(__)?swapcontext|_setjmp_aligned"
+)
+#: the unwinder captures its own frame and leaves through another one
+_UNWINDER = re.compile(
+    r"_Unwind_\w+|__gcc_personality_v0|__gxx_personality_v0|_dl_find_object|(__)?dl_iterate_phdr|uw_\w+|unw_\w+|_U\w+|__libunwind_\w+"
+    r"|__frame_state_for|__longjmp\w*|_?(sig)?longjmp|(__)?setcontext|__libc_siglongjmp|__longjmp_chk"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What can be done with one function.
+
+    Addresses are link-time; add the module's bias.
+    """
+
+    function: Function
+    module: str
+    main: bool
+    sled: Sled | None
+    site: int  #: address of the bytes to patch; the function's address where there is none
+    reason: str  #: why not, or "" if ``sled``
+    returns: bool = True  #: its return may be hooked
+    returns_reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the function."""
+        return self.function.name
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Other names of the same address."""
+        return self.function.aliases
+
+    @property
+    def form(self) -> str:
+        """Form in one word, "-" if none."""
+        return self.sled.form if self.sled else "-"
+
+    @property
+    def size(self) -> int:
+        """Size of the function in bytes."""
+        return self.function.size
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """One image with the verdicts of all its functions, in address order."""
+
+    image: Image
+    arch: Arch
+    module: str
+    verdicts: list[Verdict]
+
+    def find(self, name: str) -> Verdict | None:
+        """The verdict of a function by name or alias."""
+        for v in self.verdicts:
+            if v.name == name or name in v.aliases:
+                return v
+        return None
+
+
+def _never(function: Function) -> str:
+    names = (function.name, *function.aliases)
+    for reason, pattern in _NEVER.items():
+        if any(pattern.fullmatch(n) for n in names):
+            return reason
+    if function.ifunc:
+        return "an ifunc resolver: it runs before relocation is finished"
+    if function.cold:
+        return "a cold part: it is jumped to, not called"
+    return ""
+
+
+def take(image: Image, module: str = "", *, main: bool = False) -> Census:
+    """Judge every function of `image`.
+
+    Args:
+        image: an open image.
+        module: name shown for it; the file's base name if empty.
+        main: it is the program itself.
+    """
+    arch = by_elf_machine(image.machine, image.bits)
+    module = module or Path(image.path).name
+    functions = image.functions()
+    hints = image.sleds()
+    verdicts: dict[int, Verdict] = {}
+    bare: list[Function] = []
+
+    def judge(f: Function, sled: Sled | None, site: int, reason: str) -> None:
+        returns, why = True, ""
+        names = (f.name, *f.aliases)
+        if any(_RETURNS_TWICE.fullmatch(n) for n in names):
+            returns, why = False, "returns twice"
+        elif any(_UNWINDER.fullmatch(n) for n in names):
+            returns, why = False, "leaves through a frame that is not its own"
+        elif sled is not None and sled.form == "mcount":
+            returns, why = False, "a call of mcount sits behind the prologue"
+        verdicts[f.address] = Verdict(f, module, main, sled, site, reason, returns, why)
+
+    for f in functions:
+        reason = _never(f)
+        if reason or (f.address == image.entry and main):
+            judge(f, None, f.address, reason or "the program's first instruction: nothing called it")
+            continue
+        hint = hints.get(f.address)
+        if hint is not None:
+            found = arch.sled_at(_code(image, hint.address, 32), hint.kind)
+            if isinstance(found, Sled):
+                judge(f, found, hint.address, "")
+                continue
+            if isinstance(found, Refusal) and arch.rung < Rung.MOVABLE:
+                judge(f, None, hint.address, found.reason)
+                continue
+        else:
+            start = f.address + arch.landing_pad(_code(image, f.address, 8))
+            found = arch.sled_at(_code(image, start, 32), "scan")
+            if isinstance(found, Sled):
+                judge(f, found, start, "")
+                continue
+        bare.append(f)
+    _without_sled(image, arch, bare, functions, judge)
+    return Census(image, arch, module, [verdicts[f.address] for f in functions])
+
+
+def _code(image: Image, at: int, size: int) -> bytes:
+    """Bytes at `at`, fewer at the end of a segment."""
+    try:
+        return image.read(at, size)
+    except BadImage:
+        return b""
+
+
+def _without_sled(
+    image: Image, arch: Arch, bare: Sequence[Function], functions: Sequence[Function], judge: object
+) -> None:
+    """Judge functions that have no sled: the entry jump, planned for a whole text range at once."""
+    assert callable(judge)
+    starts = [f.address for f in functions]
+    ranges = image.executable_ranges()
+    following = dict(zip(starts, [*starts[1:], 1 << 63], strict=True))
+    for lo, hi in ranges:
+        inside = [f for f in bare if lo <= f.address < hi]
+        if not inside:
+            continue
+        text = image.read(lo, hi - lo)
+        jobs = []
+        for f in inside:
+            room = min(following[f.address], hi) - f.address
+            jobs.append((f.address, min(f.size, room), room))
+        planned = arch.plan_entries(text, lo, jobs, _reader(image))
+        for f, plan in zip(inside, planned, strict=True):
+            if isinstance(plan, Sled):
+                pad = arch.landing_pad(text[f.address - lo : f.address - lo + 8])
+                judge(f, plan, f.address + pad, "")
+            else:
+                judge(f, None, f.address, plan.reason)
+    known = {f.address for lo, hi in ranges for f in bare if lo <= f.address < hi}
+    for f in bare:
+        if f.address not in known:
+            judge(f, None, f.address, "not in executable memory")
+
+
+def _reader(image: Image) -> object:
+    def read(at: int, size: int) -> bytes:
+        try:
+            return image.read(at, size)
+        except BadImage:
+            return b""
+
+    return read
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One function of a loaded module that can be hooked; addresses are the target's."""
+
+    verdict: Verdict
+    module: Module
+    at: int  #: address of the bytes to patch
+    function: int  #: address of the function
+
+    @property
+    def name(self) -> str:
+        """Name of the function."""
+        return self.verdict.name
+
+    @property
+    def sled(self) -> Sled:
+        """Its sled."""
+        assert self.verdict.sled is not None
+        return self.verdict.sled
+
+
+def sites(census: Census, module: Module, verdicts: Iterable[Verdict]) -> list[Site]:
+    """Place verdicts in a target where `module` is loaded; those without a form are left out."""
+    return [
+        Site(v, module, v.site + module.bias, v.function.address + module.bias)
+        for v in verdicts
+        if v.sled is not None
+    ]

@@ -1,0 +1,150 @@
+"""The undo journal: what must be put back, kept in the target's own memory.
+
+It is written before each change, so that whoever comes next (``fentry recover PID``, a forked child's clean-up, our own
+detach) can restore the target from what is mapped in it, without the tracer that made the changes.
+
+Layout of the shared mapping ``fentry.undo`` (little-endian):
+
+      0  magic b"FENTRYU1"      16  meta size (JSON bytes)     32  entry count
+      8  bytes of the mapping   24  reserved                   40  reserved
+     64  JSON: see Meta         META_ROOM  entries of 64 bytes:
+           0 address u64   8 size u32   12 reserved   16 old bytes (24)   40 new bytes (24)
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from fentry.errors import EngineBug, TargetRefused
+
+NAME = "fentry.undo"
+MAGIC = b"FENTRYU1"
+META_AT = 64
+META_ROOM = 1 << 20
+ENTRY = 64
+CODE_MAX = 24
+
+
+@dataclass(slots=True)
+class HookTable:
+    """A run of slots with return hooks: (address - base) % stride == hook is an address frames return to."""
+
+    base: int
+    stride: int
+    count: int
+    hook: int
+
+
+@dataclass(slots=True)
+class Meta:
+    """Everything that is not a patched site."""
+
+    mappings: list[tuple[int, int]] = field(default_factory=list)  #: (address, size) to unmap
+    code: list[tuple[int, int]] = field(default_factory=list)  #: (address, size) of islands among them
+    hooks: list[HookTable] = field(default_factory=list)
+    shadow: int = 0  #: distance from a return slot to its shadow slot
+    low: int = 0  #: stacks in [low, low + size) are mirrored
+    size: int = 0
+    context: tuple[int, int] = (0, 0)  #: (address, size) of the contexts: a segment base in it is ours
+    tls: int = 0  #: thread pointer that was lent to a thread that had none
+    region: tuple[int, int] = (0, 0)  #: (address, size) of the ring region
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One changed place."""
+
+    at: int
+    old: bytes
+    new: bytes
+
+
+def size_for(entries: int) -> int:
+    """Bytes of a journal with room for `entries`."""
+    return META_ROOM + entries * ENTRY
+
+
+class Journal:
+    """A journal being written through its shared view."""
+
+    def __init__(self, at: int, view: memoryview) -> None:
+        self.at = at
+        self.view = view
+        self.meta = Meta()
+        self.entries: dict[int, int] = {}
+        view[0:8] = MAGIC
+        view[8:16] = struct.pack("<Q", len(view))
+        self.save()
+
+    @property
+    def room(self) -> int:
+        """How many entries fit."""
+        return (len(self.view) - META_ROOM) // ENTRY
+
+    def save(self) -> None:
+        """Write the meta data."""
+        data = json.dumps(asdict(self.meta), separators=(",", ":")).encode()
+        if META_AT + len(data) > META_ROOM:
+            raise EngineBug("undo journal: too many mappings")
+        # size 0 while the text is half written: a reader then sees a journal without meta, not a broken one
+        self.view[16:24] = struct.pack("<Q", 0)
+        self.view[META_AT : META_AT + len(data)] = data
+        self.view[16:24] = struct.pack("<Q", len(data))
+
+    def intend(self, entries: Sequence[Entry]) -> None:
+        """Note changes that are about to be made. A place noted before keeps its first `old`."""
+        count = struct.unpack_from("<Q", self.view, 32)[0]
+        for e in entries:
+            if len(e.new) > CODE_MAX or len(e.old) != len(e.new):
+                raise EngineBug(f"undo journal: a change of {len(e.new)} bytes at {e.at:#x}")
+            index = self.entries.get(e.at)
+            if index is None:
+                index = count
+                if index >= self.room:
+                    raise EngineBug("undo journal is full")
+                at = META_ROOM + index * ENTRY
+                self.view[at : at + 40] = struct.pack("<QII24s", e.at, len(e.old), 0, e.old)
+                self.view[at + 40 : at + 64] = e.new.ljust(CODE_MAX, b"\0")
+                self.entries[e.at] = index
+                count += 1
+            else:
+                at = META_ROOM + index * ENTRY
+                self.view[at + 40 : at + 64] = e.new.ljust(CODE_MAX, b"\0")
+        self.view[32:40] = struct.pack("<Q", count)
+
+
+def parse(data: bytes) -> tuple[Meta, list[Entry]]:
+    """Read a journal out of target memory; it is untrusted.
+
+    Raises: TargetRefused if it is not one.
+    """
+    if len(data) < META_ROOM or data[:8] != MAGIC:
+        raise TargetRefused("no undo journal: the mapping is damaged or of another version")
+    size, count = struct.unpack_from("<Q", data, 16)[0], struct.unpack_from("<Q", data, 32)[0]
+    meta = Meta()
+    if size:
+        try:
+            raw = json.loads(data[META_AT : META_AT + min(size, META_ROOM)])
+            meta = Meta(
+                mappings=[(int(a), int(b)) for a, b in raw["mappings"]],
+                code=[(int(a), int(b)) for a, b in raw["code"]],
+                hooks=[HookTable(*(int(h[k]) for k in ("base", "stride", "count", "hook"))) for h in raw["hooks"]],
+                shadow=int(raw["shadow"]),
+                low=int(raw["low"]),
+                size=int(raw["size"]),
+                context=(int(raw["context"][0]), int(raw["context"][1])),
+                tls=int(raw["tls"]),
+                region=(int(raw["region"][0]), int(raw["region"][1])),
+            )
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise TargetRefused(f"the undo journal is damaged: {error}") from None
+    entries = []
+    for i in range(min(count, (len(data) - META_ROOM) // ENTRY)):
+        at, length, _, old = struct.unpack_from("<QII24s", data, META_ROOM + i * ENTRY)
+        new = data[META_ROOM + i * ENTRY + 40 : META_ROOM + i * ENTRY + 64]
+        if length <= CODE_MAX:
+            entries.append(Entry(at, old[:length], new[:length]))
+    return meta, entries

@@ -1,0 +1,171 @@
+"""Put a target back to what it was, from its undo journal: detach, ``fentry recover`` and forked children alike.
+
+Order: text first (no new hook is entered), then every thread out of our code, then the return addresses of
+frames in flight, then segment bases, then the mappings. The target is stopped throughout, except
+while we wait for a signal handler that interrupted our code to return.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fentry.arch import Arch, load
+from fentry.engine import patch
+from fentry.engine.journal import META_ROOM, NAME, Entry, Meta, parse
+from fentry.errors import Fault, PatchMismatch, TargetRefused
+from fentry.record import layout as L
+from fentry.target import Mapping, Target
+
+#: how long we wait for signal handlers that sit on top of our code
+HANDLER_PATIENCE_S = 5.0
+
+
+@dataclass(slots=True)
+class Report:
+    """What a restore did."""
+
+    sites: int = 0
+    frames: int = 0  #: return addresses put back
+    threads_stepped: int = 0
+    strange: list[PatchMismatch] = field(default_factory=list)
+    left_mapped: str = ""  #: why islands could not be unmapped, or ""
+
+
+def find_journal(target: Target) -> tuple[Meta, list[Entry]] | None:
+    """Find and read the undo journal mapped in a target; None if there is none."""
+    for m in target.mappings():
+        if f"memfd:{NAME}" in m.path and m.size >= META_ROOM:
+            return parse(target.read(m.start, m.size))
+    return None
+
+
+def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
+    """Undo everything the journal speaks of. The target must be stopped and stays so.
+
+    Raises: Gone.
+    """
+    arch = load(target.arch)
+    report = Report()
+    _switch_off(target, meta)
+    patch.leave(target, [(e.at, e.at + len(e.new)) for e in entries])
+    report.strange = patch.restore(target, entries)
+    report.sites = len(entries) - len(report.strange)
+    patch.leave(target, [(at, at + size) for at, size in meta.code], inside=True)
+    report.frames += _unhook_frames(target, arch, meta)
+    _lend_back(target, arch, meta)
+    deadline = time.monotonic() + HANDLER_PATIENCE_S
+    while _interrupted(target, arch, meta):
+        if time.monotonic() > deadline:
+            report.left_mapped = "a signal handler that interrupted fentry's code has not returned"
+            break
+        target.resume()
+        time.sleep(0.002)  # the program must run for its handler to return; there is nothing to wait on
+        target.stop()
+        patch.leave(target, [(at, at + size) for at, size in meta.code], inside=True)
+        report.frames += _unhook_frames(target, arch, meta)
+    if report.strange:
+        report.left_mapped = "code that fentry did not write jumps somewhere it does not know"
+    if not report.left_mapped and target.allocator is not None:
+        for at, size in reversed(meta.mappings):
+            target.allocator.unmap(at, size)
+    return report
+
+
+def _switch_off(target: Target, meta: Meta) -> None:
+    """Tell programs that wait for room not to."""
+    at, size = meta.region
+    if size:
+        target.write(at + L.R_OFF, (1).to_bytes(8, "little"))
+
+
+def _lend_back(target: Target, arch: Arch, meta: Meta) -> None:
+    """Clear segment bases (and a lent thread pointer) that are ours."""
+    d = arch.dialect
+    low, size = meta.context
+    for tid in target.threads():
+        regs = target.regs(tid)
+        change = {}
+        if d.segment_register and size and low <= regs[d.segment_register] < low + size:
+            change[d.segment_register] = 0
+        if d.thread_register and meta.tls and regs[d.thread_register] == meta.tls:
+            change[d.thread_register] = 0
+        if change:
+            target.set_regs(tid, change)
+
+
+def _stacks(target: Target, meta: Meta) -> list[Mapping]:
+    """Writable mappings inside the mirrored window, without our own."""
+    ours = {at for at, _ in meta.mappings}
+    return [
+        m
+        for m in target.mappings()
+        if m.perms.startswith("rw") and m.start < meta.low + meta.size and m.end > meta.low and m.start not in ours
+    ]
+
+
+def _unhook_frames(target: Target, arch: Arch, meta: Meta) -> int:
+    """Put the return addresses of hooked frames back where they belong.
+
+    On an architecture with return slots a frame's return address lies on the stack at p while its original lies at
+    p + shadow; so every word of a touched shadow page that stands over a hook's address names a frame, on whatever stack.
+    Elsewhere the callee has saved its link register wherever it liked: every stack word that is a hook is looked up
+    by walking the frames' shadow entries upwards from it.
+    """
+    if not meta.hooks or not meta.size:
+        return 0
+    put = 0
+    for m in _stacks(target, meta):
+        start, end = max(m.start, meta.low), min(m.end, meta.low + meta.size)
+        for lo, hi in target.touched(start + meta.shadow, end + meta.shadow):
+            try:
+                stack = np.frombuffer(target.read(lo - meta.shadow, hi - lo), dtype=np.uint64)
+                shadow = np.frombuffer(target.read(lo, hi - lo), dtype=np.uint64)
+            except Fault:
+                continue
+            for i in np.flatnonzero(hooked(stack, meta) & (shadow != 0)):
+                target.write(lo - meta.shadow + 8 * int(i), int(shadow[i]).to_bytes(8, "little"))
+                put += 1
+    return put
+
+
+def hooked(words: np.ndarray, meta: Meta) -> np.ndarray:
+    """Which words are addresses that hooked frames return to."""
+    mask = np.zeros(len(words), dtype=bool)
+    for h in meta.hooks:
+        offset = words - np.uint64(h.base)
+        mask |= (offset < np.uint64(h.count * h.stride)) & (offset % np.uint64(h.stride) == np.uint64(h.hook))
+    return mask
+
+
+def _interrupted(target: Target, arch: Arch, meta: Meta) -> bool:
+    """Tell whether a signal frame on some stack will return into our code.
+
+    A word that lies in an island and is not a hook may be such a frame's saved pc, or a stale return
+    address in dead memory; the words behind a saved pc (flags, selectors) tell them apart.
+    """
+    find = getattr(arch, "signal_frames", None)
+    if find is None or not meta.code:
+        return False
+    for tid in target.threads():
+        sp = target.regs(tid)[arch.sp]
+        for m in target.mappings():
+            if m.start <= sp < m.end:
+                data = target.read(sp, min(m.end - sp, 1 << 20) & -8)
+                if find(data, meta.code):
+                    return True
+    return False
+
+
+def recover(target: Target) -> Report:
+    """Restore a stopped target whose tracer was killed.
+
+    Raises: TargetRefused if it has no journal.
+    """
+    found = find_journal(target)
+    if found is None:
+        raise TargetRefused(f"process {target.pid} holds nothing of fentry's", hint="it is not being traced")
+    return restore(target, *found)
