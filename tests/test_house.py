@@ -8,7 +8,8 @@ Rules, by name:
 * layers      imports go downwards only; inside a layer, only the layer's own package; ``export``
               reads ``record`` and ``image`` alone (and ``errors``, which everyone may).
 * arch names  an architecture's name is a word of its own folder only.
-* target names  a target's name is a word of its own file, the command line and the package's front.
+* target names  a target's name is a word of its own file, of the files beside it that are its parts, the
+              command line and the package's front; only the latter two import it.
 * code writes in ``engine``, only ``patch.py`` writes code; others may write data, and say so.
 * length      a module over 700 lines says why: ``# house: long because ...`` in its first five lines.
 * names       no manager, helper, util, misc, common or provider.
@@ -202,18 +203,20 @@ def rule_target_names(all_modules: list[Module], names: set[str]) -> Iterator[st
     for module in all_modules:
         if module.layer == "cli" or module.name in FRONT:
             continue
-        own = module.name.split(".")[1:2] if module.layer == "target" else []
+        own = "".join(module.name.split(".")[1:2]) if module.layer == "target" else ""
         for line, origin in imports(module):
-            parts = origin.split(".")
-            if parts[0] == "target" and len(parts) > 1 and own != parts[1:2]:
-                yield f"{module.name}:{line}: imports target {parts[1]}"
+            imported = "".join(origin.split(".")[1:2]) if origin.startswith("target.") else ""
+            if imported in names - {own}:
+                yield f"{module.name}:{line}: imports target {imported}"
+        if own and own not in names:
+            continue  # a file beside the targets is a part of one or of several, and may say of which
         for node in ast.walk(module.tree):
             # "process" is an English word too, so of strings only those count that are nothing but the name
-            if isinstance(node, ast.Constant) and node.value in names and own != [node.value]:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names - {own}:
                 yield f"{module.name}:{node.lineno}: names target {node.value}"
             if isinstance(node, ast.ClassDef):
-                for name in sorted(names):
-                    if node.name.lower().startswith(name) and own != [name]:
+                for name in sorted(names - {own}):
+                    if node.name.lower().startswith(name):
                         yield f"{module.name}:{node.lineno}: class {node.name} names target {name}"
 
 
@@ -357,6 +360,15 @@ def test_target_names_can_fail(text: str) -> None:
     assert complaints(rule_target_names, "engine.slots", text, {"unicorn", "process"})
     assert not complaints(rule_target_names, "cli.record", text, {"unicorn", "process"})
     assert not complaints(rule_target_names, "target.unicorn", text, {"unicorn", "process"})
+    assert complaints(rule_target_names, "target", text, {"unicorn", "process"})
+    assert complaints(rule_target_names, "target.process", text, {"unicorn", "process"})
+
+
+def test_target_names_lets_parts_say_whose_they_are() -> None:
+    names = {"unicorn", "process"}
+    assert complaints(rule_target_names, "target.room", "class ProcessRoom: ...", names) == []
+    assert complaints(rule_target_names, "target.process", "from fentry.target import room", names) == []
+    assert complaints(rule_target_names, "target.room", "from fentry.target.process import Process", names)
 
 
 @pytest.mark.parametrize(
