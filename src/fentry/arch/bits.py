@@ -9,7 +9,7 @@ A line is written as the instruction listings of the ISA manuals write it, most 
 * a bare word is a field as wide as its :class:`Kind` says (``rd``: 5 bits);
 * ``word[12|10:5]`` says which bits of the field's *value* lie here. Pieces of one word anywhere in the line
   make one value; bits below the lowest one named are zero (an offset in units of 2 has no bit 0);
-* after ``:`` the operands as a person reads them, left alone here; after ``;`` what a field may not be.
+* after `` : `` the operands as a person reads them, left alone here; after ``;`` what a field may not be.
 
 Loading refuses a line whose bits do not add up, a value bit given twice or not at all, a name used twice and
 any two lines that one word could match: the first would hide the second. A table is part of the program, so a
@@ -197,12 +197,8 @@ def _grow(patterns: list[Pattern], seen: int) -> _Node:
 
 def _parse(line: str, kinds: Mapping[str, Kind], size: int) -> Pattern:
     """Read one line. Raises EngineBug with the line and what is wrong with it."""
-    head, _, rest = line.partition(":")
-    # a colon also stands inside brackets; the operands' colon is the first one outside
-    while head.count("[") > head.count("]"):
-        more, _, rest = rest.partition(":")
-        head = f"{head}:{more}"
-    operands, _, guards = rest.partition(";")
+    head, _, guards = line.partition(";")
+    head, _, operands = head.partition(" : ")  # a colon inside brackets has no blanks around it
     name, *tokens = head.split()
     mask = match = 0
     at = size * 8

@@ -101,8 +101,8 @@ def sled_at(code: bytes, hint: str) -> Sled | Refusal | None:
     ========== ========================================= ====== ==== ======
 
     sled: nops after the patched bytes stay and are run. Where a 4-byte nop straddles byte 8, ten bytes are patched,
-    the last two with a c.nop, so that the body goes on where the call links: at byte 8. 16 bytes of nops, which kernels of 5.12 to 6.2 armed with the
-    16-byte form, get the 8-byte form too: it has none of the hazards below.
+    the last two with a c.nop, so that the body goes on where the call links: at byte 8. 16 bytes of nops, which
+    kernels of 5.12 to 6.2 armed with the 16-byte form, get the 8-byte form too: it has none of the hazards below.
 
     mcount: the call stands in the prologue after `mv a0, ra`, so a0 is the parent and everything an ordinary call may
     clobber is free. The 4-byte call is what a linker's relaxation leaves; it reaches 1 MiB only. While armed, the

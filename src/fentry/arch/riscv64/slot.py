@@ -49,7 +49,9 @@ _ONE_SET: Final = 40  # bytes
 
 
 def return_consts(plane: ReturnPlane, slots: int, size: int) -> bytes:
-    """Give what return slots read: five little-endian words (off, low, size, slots, slots' size), twice.
+    """Give what return slots read: five little-endian words (off, low - 16, size, slots, slots' size), twice.
+
+    By the time a slot compares it, sp is 16 below what it was at the function's entry.
 
     A slot reads all five with the 12-bit offsets of one auipc. Where they would straddle the end of what that auipc
     reaches, the second copy does not, so no slot needs an instruction more and nothing need be aligned.
@@ -59,7 +61,7 @@ def return_consts(plane: ReturnPlane, slots: int, size: int) -> bytes:
         slots: lowest address of all slots with return hooks.
         size: bytes from there to the end of the last one.
     """
-    words = (plane.off, plane.low, plane.size, slots, size)
+    words = (plane.off, plane.low - FRAME, plane.size, slots, size)
     return 2 * b"".join((word & (1 << 64) - 1).to_bytes(8, "little") for word in words)
 
 
