@@ -93,7 +93,7 @@ def pattern(expected: list[str]) -> str:
     return r"\A" + "".join(parts) + r"\Z"
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "```console" in p.read_text()], ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_sessions_of_pages(page: Path, tmp_path: Path) -> None:
     shutil.copytree(
         ROOT / "tests" / "programs", tmp_path / "tests" / "programs", ignore=shutil.ignore_patterns("__pycache__")
