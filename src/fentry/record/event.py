@@ -509,3 +509,36 @@ def decode(
     decoder = Decoder(Marks(tables, nsites), clock)
     columns = decoder.columns(words)
     return to_table(columns, clock, pid=pid, tid=tid, seq=0), decoder.damaged
+
+
+def columns_of(table: pa.Table) -> Columns:
+    """Give the arrays of an event table again; ``ts`` is then the table's (a position for clock ``order``)."""
+
+    def array(name: str) -> npt.NDArray[np.generic]:
+        column = table.column(name)
+        one = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        values: npt.NDArray[np.generic] = one.to_numpy(zero_copy_only=False)
+        return values
+
+    def nullable(name: str) -> tuple[U64 | None, Flags | None]:
+        column = table.column(name)
+        if column.null_count == len(column):
+            return None, None
+        values = column.fill_null(0).to_numpy()
+        return values, (column.is_valid().to_numpy() if column.null_count else None)
+
+    payload, has_payload = nullable("payload")
+    duration, has_duration = nullable("duration")
+    lost = array("lost")
+    return Columns(
+        array("ts"),  # type: ignore[arg-type]  # the schema says what it is; pyarrow has no types
+        array("site"),  # type: ignore[arg-type]  # as above
+        array("kind"),  # type: ignore[arg-type]  # as above
+        array("stack"),  # type: ignore[arg-type]  # as above
+        payload,
+        has_payload,
+        duration,
+        has_duration,
+        None,
+        [(int(row), int(lost[row])) for row in np.flatnonzero(lost)],
+    )

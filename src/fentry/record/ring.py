@@ -63,8 +63,7 @@ class RingInfo:
     level: int  #: 0 normal, 1.. nested (signal handlers)
     parent: int  #: index of the level-0 ring of the same thread
     first: int  #: stream position of the first byte, a multiple of 16
-    lost: int  #: events that this ring had lost when the bytes were read
-    full: bool = False  #: the ring was full: events lost since are missing right after these bytes
+    lost: int  #: events that this ring lost before the first byte, ever
 
 
 #: Receives bytes of one ring; must have copied them when it returns.
@@ -107,6 +106,7 @@ class Region:
         # The shared tail is where another host left off; it is a claim, so it may not be ahead of pos.
         self._tail: Words = np.minimum(self._rings[:, _TAIL], self._rings[:, _POS]) & ~np.uint64(15)
         self._alive = np.ones(nrings, dtype=bool)
+        self._lost_at_tail: Words = np.zeros(nrings, dtype=np.uint64)
 
     @classmethod
     def format(cls, view: memoryview, nrings: int, ring_size: int, policy: Policy) -> Region:
@@ -175,7 +175,7 @@ class Region:
             self._note(f"ring {index}: level {level:#x}, parent {parent:#x} cannot be")
             level, parent = min(level, MAX_LEVEL), index
         pid, tid = head[_OWNER] & 0xFFFFFFFF, head[_OWNER] >> 32
-        return RingInfo(index, pid, tid, level, parent, int(self._tail[index]), head[_LOST])
+        return RingInfo(index, pid, tid, level, parent, int(self._tail[index]), int(self._lost_at_tail[index]))
 
     def fill(self) -> float:
         """How full the fullest ring is, 0 to 1 (always 0 for policy overwrite)."""
@@ -221,8 +221,7 @@ class Region:
             self._note(f"ring {index}: ran {missed} bytes past its limit")
             tail = pos - self.ring_size
         info = self.info(index)
-        # a target stops when the next record with its extensions does not fit, so full is a little less than all
-        self._give(info, tail, pos, pos - tail > self.ring_size - IN_FLIGHT, sink)
+        self._give(info, tail, pos, sink)
         self._publish(index, pos)
         return pos - tail
 
@@ -302,15 +301,10 @@ class Region:
             parts.append(self._view[base : base + size - first])
         return parts
 
-    def _give(self, info: RingInfo, start: int, end: int, full: bool, sink: Sink) -> None:
-        parts = self._spans(info.index, start, end)
+    def _give(self, info: RingInfo, start: int, end: int, sink: Sink) -> None:
         first = start
-        for number, part in enumerate(parts, 1):
-            last = number == len(parts)
-            sink(
-                RingInfo(info.index, info.pid, info.tid, info.level, info.parent, first, info.lost, full=full and last),
-                part,
-            )
+        for part in self._spans(info.index, start, end):
+            sink(RingInfo(info.index, info.pid, info.tid, info.level, info.parent, first, info.lost), part)
             first += len(part)
 
     def _publish(self, index: int, pos: int) -> None:
@@ -318,6 +312,9 @@ class Region:
         self._rings[index, _TAIL] = pos
         if self.policy is not Policy.OVERWRITE:
             self._rings[index, _LIMIT] = pos + self.ring_size
+        # What was lost until here was lost for want of room below the old limit: right before `pos`. (A thread that
+        # saw the old limit and counts its loss only now is off by one event.)
+        self._lost_at_tail[index] = self._rings[index, _LOST]
 
     def _note(self, text: str) -> None:
         self.damaged += 1

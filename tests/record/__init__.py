@@ -1,0 +1,1 @@
+"""Tests of rings, decoding, matching and the trace store."""
