@@ -69,6 +69,9 @@ class _X86(Arch):
     def frame_info(self, shape: SlotShape, slots: Sequence[int], at: int, unwind: UnwindInfo) -> bytes:
         return slots_.frame_info(shape, slots, at, unwind)
 
+    def saved_pcs(self, stack: bytes) -> list[tuple[int, int]]:
+        return slots_.saved_pcs(stack)
+
     def entry_window(self, code: bytes, at: int, size: int, room: int) -> Sled | Refusal:
         return insn.entry_window(code, at, size, room)
 

@@ -16,8 +16,11 @@ _NOP = re.compile(facts.NOP, re.DOTALL)
 #: call rel32, or one of the shapes that call *sym@GOTPCREL(%rip) takes: as assembled, and relaxed by the linker to
 #: addr32 call rel32 (GNU ld, lld and gold)
 _MCOUNT_CALL = re.compile(rb"\xe8.{4}|\xff\x15.{4}|\x67\xe8.{4}", re.DOTALL)
+#: nops of 5 and more bytes as clang writes them in a patchable entry: displacement 8 or 512, where alignment fill has 0
+#: (LLVM X86MCInstLower.cpp, emitNop; seen with clang 14)
+_CLANG_SLED = re.compile(rb"[\x2e\x66]{0,10}\x0f\x1f(?:\x44\x00\x08|\x84\x00\x00\x02\x00\x00)")
 _LAST_FLOW = frozenset({FlowControl.UNCONDITIONAL_BRANCH, FlowControl.INDIRECT_BRANCH, FlowControl.RETURN})
-_MASK = 2**64 - 1
+_BRANCH_REACH = 2**31 - 32  #: bytes; 32 are more than any branch with its expansion takes
 
 
 def rel32(opcode: bytes, at: int, to: int) -> bytes:
@@ -47,8 +50,9 @@ def sled_at(code: bytes, hint: str) -> Sled | Refusal | None:
             * "patchable": listed in ``__patchable_function_entries``; any nops will do. `code` begins at the function's
               label, or at the recorded address if no nops stand before the label.
             * "fentry": a recorded or relocated call to ``__fentry__``, before the prologue.
-            * "mcount": the same to ``mcount``, behind the prologue. The return address is at 8(%rbp) there and not on
-              top of the stack, so the form "mcount" has no return hooks; all argument registers are live.
+            * "mcount" or "nop": the same to ``mcount``, behind the prologue, or the nop in its place (a caller who
+              knows that the nop stands before the prologue says "fentry"). The return address is at 8(%rbp) there and
+              not on top of the stack, so the form "mcount" has no return hooks; all argument registers are live.
             * "scan": a guess: only what a compiler emits as patchable entry counts.
 
     Returns: the Sled, a Refusal (there is one, but it cannot be used) or None. The patched bytes begin behind the
@@ -56,16 +60,16 @@ def sled_at(code: bytes, hint: str) -> Sled | Refusal | None:
     Raises: AskedWrong for another hint.
     """
     code = code[landing_pad(code) :]
-    if hint in ("fentry", "mcount"):
-        return _mcount_at(code, hint)
+    if hint in ("fentry", "mcount", "nop"):
+        return _mcount_at(code, "fentry" if hint == "fentry" else "mcount")
     if hint not in ("patchable", "scan"):
-        raise AskedWrong(f"no sled hint {hint!r}", hint="one of: patchable fentry mcount scan")
+        raise AskedWrong(f"no sled hint {hint!r}", hint="one of: patchable fentry mcount nop scan")
     ends = _nop_ends(code)
     run = ends[-1] if ends else 0
     size = next((end for end in ends if end >= facts.BRANCH_SIZE), 0)
     if hint == "scan":
-        # One nop at a time (gcc), or one of exactly five bytes (clang, mcount): alignment fill looks different.
-        if not code.startswith(b"\x90" * facts.BRANCH_SIZE) and ends[:1] != [facts.BRANCH_SIZE]:
+        gcc = code.startswith(b"\x90" * facts.BRANCH_SIZE)
+        if not (gcc or code.startswith(facts.NOPS[facts.BRANCH_SIZE]) or _CLANG_SLED.match(code)):
             return None
     elif not ends:
         return None
@@ -203,6 +207,9 @@ def _move_branch(insn: Instruction, at: int, here: int, start: int) -> bytes:
         insn.near_branch64 = start
     elif insn.is_jmp_short or insn.is_jcc_short:
         insn.as_near_branch()  # always, so that the size does not depend on the distance
+    if abs(insn.near_branch_target - here) >= _BRANCH_REACH:
+        # BlockEncoder would jump through memory that it appends, and the next instruction would follow that.
+        raise Rejected("branch target is out of reach of the moved instruction", at=insn.ip)
     block = BlockEncoder(64)
     block.add(insn)
     try:

@@ -93,7 +93,8 @@ def disassemble(code: bytes, at: int) -> list[tuple[int, bytes, str]]:
     """(address, bytes, text) of each instruction, in AT&T syntax as objdump prints by default; "(bad)" is one byte."""
     formatter = Formatter(FormatterSyntax.GAS)
     formatter.branch_leading_zeros = False
-    formatter.hex_prefix = "0x"
+    formatter.uppercase_hex = False
+    formatter.rip_relative_addresses = True
     decoder = Decoder(64, code, ip=at)
     insn = Instruction()
     out = []
@@ -393,12 +394,13 @@ def _arrivals(
     refused: dict[int, Refusal] = {}
 
     def window_of(target: int) -> int:
-        return int(planned[np.searchsorted(planned, target, "right") - 1])
+        return int(planned[np.searchsorted(planned, target) - 1])
 
     def refuse(target: int, why: Refusal) -> None:
         refused.setdefault(window_of(target), why)
 
-    for start in known[inside[known]]:
+    # After this no two accepted windows overlap, so the nearest window before a target is the one it is inside of.
+    for start in (*known[inside[known]], *planned[inside[planned]]):
         refuse(start, ENTRY_INSIDE)
 
     starts = known.tolist()
@@ -452,10 +454,15 @@ def _table_entries(
     at, size = reader.at, len(text)
 
     def fetch(address: int, count: int) -> bytes:
+        """Read what there is of `count` bytes: images and targets refuse a range that is not there to its end."""
         try:
             return read(address, count)
         except TraceError:
-            return b""
+            half = count // 2
+            if half < 4:
+                return b""
+            left = fetch(address, half)
+            return left + fetch(address + half, count - half) if len(left) == half else left
 
     def run(base: int, width: int, stop: int) -> Iterator[_Array]:
         """Follow a table from `base` (an offset from `at`) to `stop`, while its entries lie in the text."""

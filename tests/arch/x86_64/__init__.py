@@ -1,0 +1,1 @@
+"""Tests of fentry.arch.x86_64."""
