@@ -27,7 +27,7 @@ from fentry.image.elf import (
     DT_DEBUG,
     DT_FLAGS_1,
     DT_NEEDED,
-    DT_PLTREL,
+    DT_PLTGOT,
     DT_SONAME,
     ET_EXEC,
     ET_REL,
@@ -139,7 +139,7 @@ class Image:
             raise BadImage(self.path, f"cannot read {size} bytes")
         pieces = []
         while size:
-            load = next((s for s in self.segments if s.vaddr <= vaddr < s.vaddr + s.memsz), None)
+            load = self._elf.load_at(vaddr)
             if load is None:
                 raise BadImage(self.path, f"address {vaddr:#x} belongs to no segment")
             skip = vaddr - load.vaddr
@@ -196,20 +196,28 @@ class Image:
         stubs = [(s.addr, s.end) for s in self.sections if s.name.startswith((".plt", ".iplt"))]
         frames = unwind.frame_ranges(self._elf)
         if not self.sections:
-            frames = [frame for frame in frames if not self._is_stub(frame.start)]
+            frames = self._without_stubs(frames)
         found = functions.build(self._tables, frames, code, sorted(stubs))
         starts = [function.address for function in found.functions]
         strays = [record for record, label in self._patchable(starts) if label is None]
         return functions.FunctionList(functions.add_patchable(found.functions, strays, code), found.ambiguous)
 
-    def _is_stub(self, address: int) -> bool:
-        """Whether code without section headers starts like a PLT: a jump through a slot, or the push before it."""
-        isa = ISAS.get(self.machine)
-        if isa is None or DT_PLTREL not in self._elf.dynamic:
-            return False
-        code = self._code.at(address, 24)
-        skip = isa.pad(code)
-        return any(isa.is_stub(code[at : at + 8]) for at in range(skip, min(skip + 8, len(code)), isa.step))
+    def _without_stubs(self, frames: list[unwind.FrameRange]) -> list[unwind.FrameRange]:
+        """Drop PLT stubs where no section says which they are: what begins with a jump through a linked slot."""
+        isa, elf = ISAS.get(self.machine), self._elf
+        if isa is None:
+            return frames
+        slots = {offset for table in elf.relocations for offset in table.offset[table.symbol != 0].tolist()}
+        # the first entry of a lazy PLT jumps through the third word, after a push of the second
+        slots.add(elf.tag(DT_PLTGOT) + 2 * self.bits // 8)
+        kept = []
+        for frame in frames:
+            code = self._code.at(frame.start, 24)
+            first = isa.pad(code)
+            jumps = {isa.stub_slot(code[at : at + 8], frame.start + at) for at in range(first, first + 8, isa.step)}
+            if jumps.isdisjoint(slots):
+                kept.append(frame)
+        return kept
 
     def functions(self) -> list[Function]:
         """All functions, sorted by address, one per address; PLT stubs are not functions.
@@ -365,7 +373,7 @@ class Image:
                     debug.append((path, checksum, Source.open(path).identity))
                 except BadImage:
                     continue
-        return index.key(self.build_id, self.path, self._elf.source.identity, debug)
+        return index.key(self.build_id, self._elf.source.identity, debug)
 
 
 def _to_json(found: functions.FunctionList) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import os
 import stat
 import struct
 import weakref
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -35,13 +36,14 @@ SHT_PROGBITS, SHT_SYMTAB, SHT_STRTAB, SHT_RELA, SHT_NOTE, SHT_NOBITS, SHT_REL = 
 SHT_DYNSYM, SHT_SYMTAB_SHNDX, SHT_GNU_VERSYM = 11, 18, 0x6FFFFFFF
 SHF_ALLOC, SHF_EXECINSTR, SHF_WRITE, SHF_COMPRESSED = 2, 4, 1, 0x800
 SHN_UNDEF, SHN_LORESERVE, SHN_ABS, SHN_XINDEX = 0, 0xFF00, 0xFFF1, 0xFFFF
-DT_NEEDED, DT_PLTRELSZ, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_RELASZ = 1, 2, 4, 5, 6, 7, 8
+DT_NEEDED, DT_PLTRELSZ, DT_PLTGOT, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_RELASZ = 1, 2, 3, 4, 5, 6, 7, 8
 DT_STRSZ, DT_SONAME, DT_REL, DT_RELSZ, DT_PLTREL, DT_DEBUG, DT_JMPREL = 10, 14, 17, 18, 20, 21, 23
 DT_RELRSZ, DT_RELR, DT_GNU_HASH, DT_VERSYM, DT_FLAGS_1 = 35, 36, 0x6FFFFEF5, 0x6FFFFFF0, 0x6FFFFFFB
 DF_1_PIE = 0x08000000
 STT_NOTYPE, STT_FUNC, STT_SECTION, STT_FILE, STT_TLS, STT_GNU_IFUNC = 0, 2, 3, 4, 6, 10
 STB_LOCAL, STB_GLOBAL, STB_WEAK = 0, 1, 2
 
+LAST = (1 << 64) - 1  #: the last address there is; no code reaches it
 MAX_NAME = 1 << 16  #: bytes; the longest mangled names seen in the field are a tenth of this
 MAX_DYNAMIC = 1 << 12  #: entries of PT_DYNAMIC; real ones have fewer than a hundred
 MAX_HITS = 1 << 16  #: places in a string table that one name is looked for
@@ -291,12 +293,18 @@ class Elf:
 
     def file_offset(self, vaddr: int) -> tuple[int, int]:
         """(file offset, bytes from there to the end of the segment in the file); (0, 0) if not in the file."""
-        for load in self.loads:
-            if load.vaddr <= vaddr < load.vaddr + load.filesz:
-                skip = vaddr - load.vaddr
-                room = min(load.filesz - skip, self.source.size - load.offset - skip)
-                return (load.offset + skip, room) if room > 0 else (0, 0)
-        return (0, 0)
+        load = self.load_at(vaddr)
+        if load is None:
+            return (0, 0)
+        skip = vaddr - load.vaddr
+        room = min(load.filesz - skip, self.source.size - load.offset - skip)
+        return (load.offset + skip, room) if room > 0 else (0, 0)
+
+    def load_at(self, vaddr: int) -> Segment | None:
+        """The segment that holds an address; of segments that overlap, the one that begins last."""
+        index = bisect_right(self._load_starts, vaddr) - 1
+        load = self._sorted_loads[index] if index >= 0 else None
+        return load if load is not None and vaddr < load.vaddr + load.memsz else None
 
     def at(self, vaddr: int, size: int) -> bytes:
         """Up to `size` file-backed bytes at an address; fewer at the end of the segment."""
@@ -331,7 +339,7 @@ class Elf:
             if self.type == ET_REL and flags & SHF_ALLOC:
                 addr = at
                 if kind == SHT_NOBITS:
-                    addr, after = after, after + -(-size // 4096) * 4096
+                    addr, after = after, (after + -(-size // 4096) * 4096) % (1 << 64)
             if name not in known:
                 stop = names.find(b"\0", name, name + 256)
                 known[name] = _printable(names[name:stop]) if stop >= 0 else ""
@@ -367,6 +375,14 @@ class Elf:
         """PT_LOAD entries in file order."""
         return [segment for kind, segment in self.segments if kind == PT_LOAD]
 
+    @cached_property
+    def _sorted_loads(self) -> list[Segment]:
+        return sorted((load for load in self.loads if load.memsz), key=lambda load: load.vaddr)
+
+    @cached_property
+    def _load_starts(self) -> list[int]:
+        return [load.vaddr for load in self._sorted_loads]
+
     def segment(self, kind: int) -> Segment | None:
         """The first program header of a kind."""
         return next((segment for found, segment in self.segments if found == kind), None)
@@ -387,7 +403,7 @@ class Elf:
     def code(self) -> list[tuple[int, int]]:
         """Sorted, disjoint (start, end) of code that is in the file: text sections within x segments."""
         mapped = [
-            (load.vaddr, load.vaddr + min(load.filesz, max(0, self.source.size - load.offset)))
+            (load.vaddr, min(load.vaddr + min(load.filesz, max(0, self.source.size - load.offset)), LAST))
             for load in self.loads
             if "x" in load.perms
         ]
@@ -513,11 +529,12 @@ class Elf:
         if source == "dynsym":
             hidden = self._hidden_versions(len(rows))
         elif section is not None:
-            for extra in self.sections:
-                if extra.kind == SHT_SYMTAB_SHNDX and extra.link == section.index:
-                    wide = np.frombuffer(self.contents(extra), f"{self.order}u4", -1 if extra.size % 4 == 0 else 0)
-                    use = np.flatnonzero(homes[: len(wide)] == SHN_XINDEX)
-                    homes[use] = wide[use]
+            extra = next((s for s in self.sections if s.kind == SHT_SYMTAB_SHNDX and s.link == section.index), None)
+            if extra is not None:
+                data = self.contents(extra)
+                wide = np.frombuffer(data[: len(data) & ~3], f"{self.order}u4")
+                use = np.flatnonzero(homes[: len(wide)] == SHN_XINDEX)
+                homes[use] = wide[use]
         if self.type == ET_REL:
             bases = np.array([s.addr for s in self.sections] or [0], np.uint64)
             inside = homes < len(bases)
@@ -538,9 +555,9 @@ class Elf:
     def _hidden_versions(self, count: int) -> Table:
         """Which dynamic symbols are not the default version of their name (bit 15 of .gnu.version)."""
         raw = b""
-        for section in self.sections:
-            if section.kind == SHT_GNU_VERSYM:
-                raw = self.contents(section)
+        table = next((s for s in self.sections if s.kind == SHT_GNU_VERSYM), None)
+        if table is not None:
+            raw = self.contents(table)
         if not raw and (at := self.tag(DT_VERSYM)):
             raw = self.at(at, 2 * count)
         hidden = np.zeros(count, bool)
@@ -553,15 +570,16 @@ class Elf:
         """Relocations that an object has for its section number `index`."""
         return [
             self._relocations(self._section_rows("Rela" if s.kind == SHT_RELA else "Rel", s))
-            for s in self._relocators.get(index, [])[:4]
+            for s in self._relocators.get(index, [])
         ]
 
     @cached_property
     def _relocators(self) -> dict[int, list[Section]]:
-        found: dict[int, list[Section]] = {}
+        found, left = dict[int, list[Section]](), self.source.size
         for section in self.sections:
-            if section.kind in (SHT_RELA, SHT_REL):
+            if section.kind in (SHT_RELA, SHT_REL) and section.size <= left:
                 found.setdefault(section.info, []).append(section)
+                left -= section.size  # as in named(): honest tables do not overlap
         return found
 
     @cached_property

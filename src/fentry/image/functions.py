@@ -105,7 +105,7 @@ def build(
     functions = []
     chosen: dict[str, tuple[tuple[int, int, int], int]] = {}
     ambiguous = set[str]()
-    for start, end, limit in zip(starts, [*starts[1:], 1 << 64], ends, strict=True):
+    for start, end, limit in zip(starts, [*starts, 1 << 64][1:], ends, strict=True):
         function, ranks = _function(start, min(end, limit), limit, found.get(start), frame_at.get(start))
         functions.append(function)
         for name, rank in ranks:

@@ -65,10 +65,14 @@ class Isa:
         word = int.from_bytes(code[:8], "little")
         return next((size for mask, value, size in self.pads if word & mask == value and len(code) >= size), 0)
 
-    def is_stub(self, code: bytes) -> bool:
-        """Whether `code` (8 bytes) is the jump of a PLT entry."""
-        word = int.from_bytes(code, "little")
-        return len(code) == 8 and any(word & stub.mask == stub.value for stub in self.stubs)
+    def stub_slot(self, code: bytes, at: int) -> int:
+        """The slot that `code` (8 bytes at address `at`) jumps through if it is the jump of a PLT entry, or -1."""
+        if len(code) == 8:
+            word = np.array([int.from_bytes(code, "little")], np.uint64)
+            for stub in self.stubs:
+                if int(word[0]) & stub.mask == stub.value:
+                    return (at + int(stub.distances(word)[0])) % (1 << 64)
+        return -1
 
     def all_nops(self, code: bytes) -> bool:
         """Whether `code` is nothing but whole nops."""
