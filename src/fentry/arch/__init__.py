@@ -142,6 +142,8 @@ class Dialect:
     thread_register: str = ""  #: name of the thread pointer in target.regs(), where a thread may lack one
     set_segment: str = ""  #: makes i64 {in} the thread's context
     real_thread_pointer: str = ""  #: the architectural register, where `thread_pointer` reads memory instead
+    #: (low, size) of the addresses where a process of this architecture has its stacks; None: ask the target
+    stack_window: tuple[int, int] | None = None
     return_slot: bool = False  #: the return address is on the stack (llvm.addressofreturnaddress works)
     syscall: str = ""  #: sets {out} to the result of system call i64 {nr} with i64 {a} {b} {c} {d}; native targets only
     syscalls: dict[str, int] = field(default_factory=dict)  #: numbers of those that programs use
@@ -278,6 +280,14 @@ class Arch(ABC):
         Only asked where ``dialect.return_slot`` is False: there a program finds its caller's frame by it.
         """
         raise NotImplementedError
+
+    def saved_pcs(self, stack: bytes) -> list[tuple[int, int]]:
+        """(offset, value) of the program counters that signal frames in `stack` will return to.
+
+        Args:
+            stack: words of a stack, from the stack pointer upwards.
+        """
+        return []
 
     def branch_targets(self, code: bytes, at: int) -> list[tuple[int, int]]:
         """(from, to) of every direct branch or call in straight-line decoded `code`."""

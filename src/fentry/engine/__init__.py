@@ -14,7 +14,9 @@ address is in the journal before it is used.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fentry.arch import Arch, ReturnPlane, load
@@ -39,6 +41,8 @@ RINGS = 256
 RING_SIZE = 1 << 20
 #: sites of one island lie within this many bytes
 _CLUSTER = 1 << 29
+#: bytes for one function that stands before an unwinder's lookup
+_LOOKUP_ROOM = 1 << 14
 
 
 @dataclass(slots=True)
@@ -100,9 +104,10 @@ class Engine:
         self._rows = 0
         self._row_room = 0
         self._unwind_sites: dict[str, Site] = {}
-        self._unwind_island = 0
         self._unwind_now: dict[int, bytes] = {}
         self._closed = False
+        self.live = False  #: let the target run between stops (it was running before we came)
+        self.stops: list[int] = []  #: ns that each of our stops lasted
 
     # -- what runs where -------------------------------------------------------------------------------
     def register(self, op: Op, sites: Iterable[Site]) -> None:
@@ -144,11 +149,15 @@ class Engine:
 
     # -- memory in the target ----------------------------------------------------------------------------
     def open(self, *, extra_sites: int = 0) -> None:
-        """Map what the registered ops need. The target must be stopped; it may run on afterwards.
+        """Map what the registered ops need, in one short stop.
 
         Args:
             extra_sites: room in the journal and the counters for sites registered later.
         """
+        with self._halted():
+            self._open(extra_sites)
+
+    def _open(self, extra_sites: int) -> None:
         target = self.target
         allocator = need(target.allocator, "memory allocator", target=target)
         shared = need(target.shared, "shared memory", target=target)
@@ -222,9 +231,8 @@ class Engine:
 
     def _stack_window(self) -> tuple[int, int]:
         """(low, size) of the stack addresses to mirror: an aligned power of two around every thread's stack."""
-        asked: tuple[int, int] | None = getattr(self.target, "stack_window", None)
-        if asked is not None:
-            return asked
+        if self.arch.dialect.stack_window is not None:
+            return self.arch.dialect.stack_window
         low, high = 1 << 64, 0
         mappings = self.target.mappings()
         for tid in self.target.threads():
@@ -244,11 +252,23 @@ class Engine:
         return low & -size, size
 
     # -- building and patching -----------------------------------------------------------------------------
+    @contextmanager
+    def _halted(self) -> Iterator[None]:
+        """Keep the target stopped for a while; afterwards a live one runs on."""
+        begun = time.monotonic_ns()
+        self.target.stop()
+        try:
+            yield
+        finally:
+            if self.live:
+                self.target.resume()
+            self.stops.append(time.monotonic_ns() - begun)
+
     def commit(self) -> None:
         """Bring the target to what is registered.
 
-        Islands are built and filled first, which needs no stop unless memory must be mapped; then the target is stopped, every
-        place is verified, and all are patched. On return the target is stopped.
+        Islands are mapped in one short stop and built while a live target runs on; then it is stopped again, every
+        place is verified, and all are patched. On return the target is stopped, or runs on if it is live.
 
         Raises: PatchMismatch (nothing was changed), OutOfReach, Gone, TargetRefused.
         """
@@ -256,36 +276,48 @@ class Engine:
             self.open()
         dirty = [self._armed[at] for at in sorted(self._dirty)]
         wanted = [(a.site, a.ops) for a in dirty if a.ops]
-        placed: dict[int, tuple[SlotTable, int]] = {}
-        for cluster in self._clusters(wanted):
-            island = self._build(cluster)
-            for table in island.tables:
+        plans = [self._plan(cluster) for cluster in self._clusters(wanted)]
+        returning = any(t.hooked for tables, _, _ in plans for t in tables)
+        lookups = self._lookups() if returning else []
+        with self._halted():
+            spots = [self._map_code(size, near) for _, size, near in plans]
+            lookup_spots = [self._map_code(_LOOKUP_ROOM, site.at) for _, site in lookups]
+        placed: dict[int, tuple[SlotTable, int, Island]] = {}
+        for (tables, size, _), at in zip(plans, spots, strict=True):
+            island = self._build(tables, at, size)
+            for table in tables:
                 for i, site in enumerate(table.sites):
-                    placed[site.at] = (table, table.slot(i))
-        changes, after = [], {}
+                    placed[site.at] = (table, table.slot(i), island)
+        changes = []
+        after: dict[int, tuple[bytes, SlotTable | None]] = {}
+        moves: dict[int, tuple[int, dict[int, int]]] = {}
         for a in dirty:
             site = a.site
             now = a.bytes or site.sled.idle
             if a.ops:
-                table, slot = placed[site.at]
+                table, slot, island = placed[site.at]
                 put = self.arch.arm(site.at, site.sled, slot, balanced=table.hooked)
                 after[site.at] = (put, table)
+                moves[site.at] = (len(put), island.moves(site))
             else:
-                put, table = site.sled.idle, None
+                put = site.sled.idle
                 after[site.at] = (b"", None)
+            if len(now) != len(put):
+                now = site.sled.idle[: len(put)]
             changes.append(patch.Change(site.at, now, put))
-        self.target.stop()
-        fresh = not any(a.bytes for a in self._armed.values())
-        try:
-            if fresh:
-                self._enter_threads()
-            changes += self._unwinder_changes()
-            patch.leave(self.target, [(c.at, c.at + len(c.put)) for c in changes])
-            patch.apply(self.target, changes, self._journal)
-        except TraceError:
-            if fresh:
-                self._leave_threads()
-            raise
+        for (name, site), at in zip(lookups, lookup_spots, strict=True):
+            changes.append(self._lookup_change(name, site, at))
+        first = not any(a.bytes for a in self._armed.values())
+        with self._halted():
+            try:
+                if first:
+                    self._enter_threads()
+                patch.move_threads(self.target, self.arch, moves)
+                patch.apply(self.target, changes, self._journal)
+            except TraceError:
+                if first:
+                    self._leave_threads()
+                raise
         for a in dirty:
             a.bytes, a.table = after[a.site.at]
         self._dirty.clear()
@@ -299,26 +331,29 @@ class Engine:
                 clusters.append([item])
         return clusters
 
+    def _plan(self, cluster: list[tuple[Site, tuple[Op, ...]]]) -> tuple[list[SlotTable], int, int]:
+        """Tables of an island, its size, and what it must be near to."""
+        assert self._layout is not None
+        tables = group(self.arch, cluster, returns=self._plane is not None, first_row=self._rows)
+        self._rows += len(cluster)
+        if self._row_room and self._rows > self._row_room:
+            raise EngineBug("more counter rows than were planned")
+        size = room_for(tables, code_size(self.arch, self._layout, tables))
+        return tables, size, cluster[0][0].at
+
     def _map_code(self, size: int, near: int) -> int:
-        """Map an island. Mapping needs the target stopped; filling it does not."""
+        """Map an island; the target is stopped."""
         assert self._journal is not None
         allocator = need(self.target.allocator, "memory allocator", target=self.target)
-        self.target.stop()
         reach = min(self.arch.jump_reach, 1 << 40) - _CLUSTER
         at = allocator.map(size, "r-x", near=near, reach=reach)
         self._journal.meta.code.append((at, size))
         self._note(at, size)
         return at
 
-    def _build(self, cluster: list[tuple[Site, tuple[Op, ...]]]) -> Island:
+    def _build(self, tables: list[SlotTable], at: int, size: int) -> Island:
         assert self._layout is not None
         assert self._journal is not None
-        tables = group(self.arch, cluster, returns=self._plane is not None, first_row=self._rows)
-        self._rows += len(cluster)
-        if self._row_room and self._rows > self._row_room:
-            raise EngineBug("more counter rows than were planned")
-        size = room_for(tables, code_size(self.arch, self._layout, tables))
-        at = self._map_code(size, cluster[0][0].at)
         personality, resume = 0, 0
         if any(t.hooked for t in tables):
             personality, resume = self.symbols("__gcc_personality_v0"), self.symbols("_Unwind_Resume")
@@ -337,9 +372,7 @@ class Engine:
         patch.write_new(self.target, at, island.code)
         for t in tables:
             if t.hooked:
-                self._journal.meta.hooks.append(
-                    undo.HookTable(t.base, t.layout.stride, len(t.sites), t.layout.hook)
-                )
+                self._journal.meta.hooks.append(undo.HookTable(t.base, t.layout.stride, len(t.sites), t.layout.hook))
         self._journal.save()
         self.islands.append(island)
         return island
@@ -373,32 +406,31 @@ class Engine:
         """Tell where ``_dl_find_object`` and ``dl_iterate_phdr`` can be hooked (see engine.unwind)."""
         self._unwind_sites = sites
 
-    def _unwinder_changes(self) -> list[patch.Change]:
-        """Entry jumps that let unwinders find our frame information; empty if nothing changed."""
+    def _lookups(self) -> list[tuple[str, Site]]:
+        """The lookup functions to be hooked, without those that are being traced."""
+        return [
+            (name, site)
+            for name, site in self._unwind_sites.items()
+            if not ((armed := self._armed.get(site.at)) and (armed.bytes or armed.ops))
+        ]
+
+    def _lookup_change(self, name: str, site: Site, at: int) -> patch.Change:
+        """Write the function that stands before `name`, at `at`; gives the entry jump to it."""
         objects = [o for island in self.islands for o in island.unwind]
-        if not objects or not self._unwind_sites or len(self.islands) == self._unwind_island:
-            return []
-        self._unwind_island = len(self.islands)
-        changes = []
-        for name, site in self._unwind_sites.items():
-            armed = self._armed.get(site.at)
-            if armed is not None and (armed.bytes or armed.ops):
-                continue  # it is being traced; the census refuses that for hooked returns
-            size = 8192 + 512 * len(objects)
-            at = self._map_code(size, site.at)
-            moved = self.arch.displace(site.sled, site.at, at, site.at + site.sled.resume)
-            entry = (len(moved.code) + 63) & -64
-            find = at if name == unwind.FIND else 0
-            iterate = at if name == unwind.ITERATE else 0
-            blob = compile_text(self.arch, unwind.module(objects, find, iterate))
-            symbol = "find" if find else "iterate"
-            code = moved.code.ljust(entry, b"\xcc") + blob.code
-            patch.write_new(self.target, at, code)
-            put = self.arch.arm(site.at, site.sled, at + entry + blob.symbols[symbol], balanced=True)
-            now = self._unwind_now.get(site.at, site.sled.idle)
-            self._unwind_now[site.at] = put
-            changes.append(patch.Change(site.at, now, put))
-        return changes
+        moved = self.arch.displace(site.sled, site.at, at, site.at + site.sled.resume)
+        entry = (len(moved.code) + 63) & -64
+        finds = name == unwind.FIND
+        blob = compile_text(self.arch, unwind.module(objects, at if finds else 0, 0 if finds else at))
+        code = moved.code.ljust(entry, b"\xcc") + blob.code
+        if len(code) > _LOOKUP_ROOM:
+            raise EngineBug(f"the lookup of {len(objects)} islands is too large")
+        patch.write_new(self.target, at, code)
+        put = self.arch.arm(
+            site.at, site.sled, at + entry + blob.symbols["find" if finds else "iterate"], balanced=True
+        )
+        now = self._unwind_now.get(site.at, site.sled.idle[: len(put)])
+        self._unwind_now[site.at] = put
+        return patch.Change(site.at, now, put)
 
     # -- the end ---------------------------------------------------------------------------------------------
     def close(self) -> None:
@@ -416,10 +448,8 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         from fentry.errors import Gone
 
-        try:
+        with suppress(Gone):
             self.close()
-        except Gone:
-            pass
 
 
 def _deep(op: Op) -> bool:

@@ -24,7 +24,9 @@ _NEVER = {
         r"|__kernel_\w+|_dl_static_init_tls_desc"
     ),
     "an instrumentation hook itself": re.compile(r"_?_?mcount|__fentry__|__gnu_mcount_nc|__cyg_profile_func_\w+"),
-    "the program's first instruction: nothing called it": re.compile(r"_start|_dl_start|_dl_start_user|__start|_rt_entry"),
+    "the program's first instruction: nothing called it": re.compile(
+        r"_start|_dl_start|_dl_start_user|__start|_rt_entry"
+    ),
 }
 #: they save a return address and come back through it later: an entry is fine, a return hook is not
 _RETURNS_TWICE = re.compile(
@@ -226,7 +228,5 @@ class Site:
 def sites(census: Census, module: Module, verdicts: Iterable[Verdict]) -> list[Site]:
     """Place verdicts in a target where `module` is loaded; those without a form are left out."""
     return [
-        Site(v, module, v.site + module.bias, v.function.address + module.bias)
-        for v in verdicts
-        if v.sled is not None
+        Site(v, module, v.site + module.bias, v.function.address + module.bias) for v in verdicts if v.sled is not None
     ]

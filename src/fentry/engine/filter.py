@@ -1,4 +1,4 @@
-"""Filters: which functions are meant. The kernel's glob grammar, and ``BIN:func``.
+r"""Filters: which functions are meant. The kernel's glob grammar, and ``BIN:func``.
 
 Grammar of one pattern (kernel/trace/ftrace.c ``filter_parse_regex``, lib/glob.c):
 

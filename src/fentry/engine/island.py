@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from fentry.arch import Arch, ReturnPlane, SlotLayout, SlotPlan, SlotShape, UnwindInfo
+from fentry.arch import Arch, Displaced, ReturnPlane, SlotLayout, SlotPlan, SlotShape, UnwindInfo
 from fentry.engine.census import Site
 from fentry.engine.ops import Op, Programs, marks, specialise
 from fentry.engine.unwind import PHDR_INFO_ROOM, Object, phdr_info
@@ -62,7 +62,15 @@ class Island:
     tables: list[SlotTable]
     bodies: dict[int, int]  #: site address -> where its body goes on
     unwind: list[Object] = field(default_factory=list)  #: one per table with return hooks
-    displaced: dict[int, tuple[int, bytes]] = field(default_factory=dict)
+    displaced: dict[int, tuple[int, Displaced]] = field(default_factory=dict)
+
+    def moves(self, site: Site) -> dict[int, int]:
+        """Where a thread goes on that is caught inside a site: {offset from the site: address}."""
+        if site.at in self.displaced:
+            to, moved = self.displaced[site.at]
+            return {old: to + new for old, new in moved.moves if old}
+        # inside a sled nothing has happened yet, and nothing will until its end
+        return dict.fromkeys(range(1, site.sled.size), site.at + site.sled.resume)
 
 
 def _up(n: int, to: int) -> int:
@@ -124,9 +132,7 @@ def _programs(arch: Arch, tables: Sequence[SlotTable], library: _Library) -> lis
         shift = t.layout.stride.bit_length() - 1
         row = []
         for op in t.ops:
-            programs = specialise(
-                op, arch.dialect, t.form, hooked=t.hooked, base=t.base, shift=shift, row=t.row
-            )
+            programs = specialise(op, arch.dialect, t.form, hooked=t.hooked, base=t.base, shift=shift, row=t.row)
             for spec in (programs.entry, programs.tail, programs.plain, programs.exit, programs.unwound):
                 library.name(spec)
             row.append(programs)
@@ -187,7 +193,7 @@ def build(
 
     cursor = _up(slots_end, 64)
     bodies: dict[int, int] = {}
-    displaced: dict[int, tuple[int, bytes]] = {}
+    displaced: dict[int, tuple[int, Displaced]] = {}
     for t, programs in zip(tables, chosen, strict=True):
         entering = [p for p in programs if p.entry is not None]
         leaving = [p for p in reversed(programs) if p.exit is not None] if t.hooked else []
@@ -203,7 +209,7 @@ def build(
             if sled.moved:
                 moved = arch.displace(sled, site.at, cursor, resume)
                 code[cursor - at : cursor - at + len(moved.code)] = moved.code
-                displaced[site.at] = (cursor, moved.code)
+                displaced[site.at] = (cursor, moved)
                 body = cursor
                 cursor = _up(cursor + len(moved.code), 16)
             bodies[site.at] = body

@@ -7,13 +7,14 @@ places are verified before the first is written. A mismatch shows both byte stri
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from fentry.arch import load
+from fentry.arch import Arch
 from fentry.engine.journal import Entry, Journal
 from fentry.errors import Fault, PatchMismatch, TargetRefused
-from fentry.target import Target, need
+from fentry.target import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,35 +119,64 @@ def _restore_one(target: Target, c: Change, todo: list[Change], strange: list[Pa
         strange.append(PatchMismatch(c.at, c.expect, now))
 
 
-def leave(target: Target, places: Sequence[tuple[int, int]], *, inside: bool = False, limit: int = 100_000) -> None:
-    """Step every thread out of the given (start, end) ranges.
+def saved_pcs(target: Target, arch: Arch) -> list[tuple[int, int, Callable[[int], None]]]:
+    """Every place where a thread will go on: (thread, pc, function that changes it).
+
+    That is each thread's own pc, and the pcs that signal frames on its stack will return to. Frames on a stack that the
+    thread has switched away from are not seen.
+    """
+    places: list[tuple[int, int, Callable[[int], None]]] = []
+    mappings = target.mappings()
+    starts = [m.start for m in mappings]
+    for tid in target.threads():
+        regs = target.regs(tid)
+        pc, sp = regs[arch.pc], regs[arch.sp]
+        places.append((tid, pc, partial(_set_pc, target, tid, arch.pc)))
+        i = bisect_right(starts, sp) - 1
+        if i < 0 or sp >= mappings[i].end:
+            continue
+        low = sp & -8
+        stack = target.read(low, mappings[i].end - low & -8)
+        for offset, saved in arch.saved_pcs(stack):
+            places.append((tid, saved, partial(_set_word, target, low + offset)))
+    return places
+
+
+def _set_pc(target: Target, tid: int, name: str, pc: int) -> None:
+    target.set_regs(tid, {name: pc})
+
+
+def _set_word(target: Target, at: int, value: int) -> None:
+    target.write(at, value.to_bytes(8, "little"))
+
+
+def move_threads(target: Target, arch: Arch, moves: Mapping[int, tuple[int, Mapping[int, int]]]) -> None:
+    """Move every thread that is inside a place about to be written to where it goes on instead.
+
+    By registers and signal frames, never by single steps: a tracer that is killed while it steps takes
+    the target with it (the trap would reach the program).
 
     Args:
-        places: disjoint ranges.
-        inside: False: a thread whose pc is *at* a start is fine (nothing of the place has run yet);
-            True: it must leave as well (the code goes away).
-        limit: steps per thread before giving up.
+        target: stopped.
+        arch: of the target.
+        moves: {start of a place: (its size, {offset: address})}; a thread at the start is fine.
 
-    Raises: Unsupported if the target cannot step; Gone.
+    Raises: TargetRefused if a thread is at an offset that nothing is known about.
     """
-    pc_name = load(target.arch).pc
-    ordered = sorted(places)
-    starts = [p[0] for p in ordered]
-
-    def caught(pc: int) -> bool:
+    starts = sorted(moves)
+    for tid, pc, change in saved_pcs(target, arch):
         i = bisect_right(starts, pc) - 1
         if i < 0:
-            return False
-        start, end = ordered[i]
-        return (start <= pc if inside else start < pc) and pc < end
-
-    for tid in target.threads():
-        if not caught(target.regs(tid)[pc_name]):
             continue
-        stepper = need(target.stepper, "single step", target=target)
-        for _ in range(limit):
-            stepper.step(tid)
-            if not caught(target.regs(tid)[pc_name]):
-                break
-        else:
-            raise TargetRefused(f"thread {tid} does not leave the code that must change")
+        size, known = moves[starts[i]]
+        offset = pc - starts[i]
+        if not 0 < offset < size:
+            continue
+        if offset not in known:
+            raise TargetRefused(f"thread {tid} stands at {pc:#x}, inside code that must change", hint="try again")
+        change(known[offset])
+
+
+def inside(target: Target, arch: Arch, ranges: Sequence[tuple[int, int]]) -> list[int]:
+    """Threads that are, or will return from a signal, inside the given (start, size) ranges."""
+    return [tid for tid, pc, _ in saved_pcs(target, arch) if any(start <= pc < start + size for start, size in ranges)]

@@ -1,8 +1,8 @@
 """Put a target back to what it was, from its undo journal: detach, ``fentry recover`` and forked children alike.
 
-Order: text first (no new hook is entered), then every thread out of our code, then the return addresses of
-frames in flight, then segment bases, then the mappings. The target is stopped throughout, except
-while we wait for a signal handler that interrupted our code to return.
+Order: text first (no new hook is entered), then the return addresses of frames in flight and the segment bases, then,
+when no thread is in our code any more, the mappings. The target is stopped throughout, except in short slices
+in which threads that were caught inside our code run out of it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fentry.errors import Fault, PatchMismatch, TargetRefused
 from fentry.record import layout as L
 from fentry.target import Mapping, Target
 
-#: how long we wait for signal handlers that sit on top of our code
-HANDLER_PATIENCE_S = 5.0
+#: how long we wait for threads to leave our code
+PATIENCE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -30,7 +30,6 @@ class Report:
 
     sites: int = 0
     frames: int = 0  #: return addresses put back
-    threads_stepped: int = 0
     strange: list[PatchMismatch] = field(default_factory=list)
     left_mapped: str = ""  #: why islands could not be unmapped, or ""
 
@@ -51,22 +50,21 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
     arch = load(target.arch)
     report = Report()
     _switch_off(target, meta)
-    patch.leave(target, [(e.at, e.at + len(e.new)) for e in entries])
     report.strange = patch.restore(target, entries)
     report.sites = len(entries) - len(report.strange)
-    patch.leave(target, [(at, at + size) for at, size in meta.code], inside=True)
-    report.frames += _unhook_frames(target, arch, meta)
-    _lend_back(target, arch, meta)
-    deadline = time.monotonic() + HANDLER_PATIENCE_S
-    while _interrupted(target, arch, meta):
-        if time.monotonic() > deadline:
-            report.left_mapped = "a signal handler that interrupted fentry's code has not returned"
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        report.frames += _unhook_frames(target, meta)
+        _lend_back(target, arch, meta)
+        if not patch.inside(target, arch, meta.code):
             break
+        if time.monotonic() > deadline:
+            report.left_mapped = "a thread is still inside fentry's code (stopped there, or below a signal handler)"
+            break
+        # nothing leads into our code any more: whoever is in it leaves by running on
         target.resume()
-        time.sleep(0.002)  # the program must run for its handler to return; there is nothing to wait on
+        time.sleep(0.001)  # there is no event to wait for
         target.stop()
-        patch.leave(target, [(at, at + size) for at, size in meta.code], inside=True)
-        report.frames += _unhook_frames(target, arch, meta)
     if report.strange:
         report.left_mapped = "code that fentry did not write jumps somewhere it does not know"
     if not report.left_mapped and target.allocator is not None:
@@ -107,7 +105,7 @@ def _stacks(target: Target, meta: Meta) -> list[Mapping]:
     ]
 
 
-def _unhook_frames(target: Target, arch: Arch, meta: Meta) -> int:
+def _unhook_frames(target: Target, meta: Meta) -> int:
     """Put the return addresses of hooked frames back where they belong.
 
     On an architecture with return slots a frame's return address lies on the stack at p while its original lies at
@@ -139,25 +137,6 @@ def hooked(words: np.ndarray, meta: Meta) -> np.ndarray:
         offset = words - np.uint64(h.base)
         mask |= (offset < np.uint64(h.count * h.stride)) & (offset % np.uint64(h.stride) == np.uint64(h.hook))
     return mask
-
-
-def _interrupted(target: Target, arch: Arch, meta: Meta) -> bool:
-    """Tell whether a signal frame on some stack will return into our code.
-
-    A word that lies in an island and is not a hook may be such a frame's saved pc, or a stale return
-    address in dead memory; the words behind a saved pc (flags, selectors) tell them apart.
-    """
-    find = getattr(arch, "signal_frames", None)
-    if find is None or not meta.code:
-        return False
-    for tid in target.threads():
-        sp = target.regs(tid)[arch.sp]
-        for m in target.mappings():
-            if m.start <= sp < m.end:
-                data = target.read(sp, min(m.end - sp, 1 << 20) & -8)
-                if find(data, meta.code):
-                    return True
-    return False
 
 
 def recover(target: Target) -> Report:

@@ -481,6 +481,7 @@ def _acquire(d: Dialect, lay: Layout) -> str:
     # -- claim: a ring for this thread, and with it a context ----------------------------------------
     t.label("claim")
     if lay.system_calls and d.syscall:
+
         def sys(what: str) -> str:
             return t.snippet(d.syscall, nr=d.syscalls[what], a=0, b=0, c=0, d=0)
 
@@ -675,9 +676,7 @@ def _grow(lay: Layout) -> str:
     tid = t.op(f"lshr i64 {ids}, 32")
     pid = t.op(f"and i64 {ids}, 4294967295")
     index = t.load(t.at("%base", C_INDEX))
-    t.add(
-        f"call void @claim(ptr %cl, ptr {header}, i64 {i}, i64 %tpk, i64 {pid}, i64 {tid}, i64 %level, i64 {index})"
-    )
+    t.add(f"call void @claim(ptr %cl, ptr {header}, i64 {i}, i64 %tpk, i64 {pid}, i64 {tid}, i64 %level, i64 {index})")
     t.store("%tpk", t.at("%cl", C_KEY), volatile=True)
     t.add("ret i1 true")
     t.label("no")

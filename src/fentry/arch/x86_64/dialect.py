@@ -19,6 +19,8 @@ attributes #9 = { "target-features"="+fsgsbase" }
     segment_register="gs_base",
     thread_register="fs_base",
     set_segment="call void @llvm.x86.wrgsbase.64(i64 {in})",
+    # the upper 8 TiB of user addresses: the main stack and every mmap'd one (mmap_base lies below the stack)
+    stack_window=(0x7800_0000_0000, 1 << 43),
     return_slot=True,
     syscall=(
         '{out} = call i64 asm sideeffect "syscall", '

@@ -55,6 +55,8 @@ import struct
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
+
 from fentry.arch import ReturnPlane, SlotLayout, SlotPlan, SlotShape, UnwindInfo
 from fentry.errors import EngineBug, OutOfReach, Unsupported
 
@@ -273,3 +275,29 @@ def frame_info(shape: SlotShape, slots: Sequence[int], at: int, unwind: UnwindIn
     # version 1, eh_frame_ptr absptr? no: sdata4|pcrel, count udata4, table sdata4|datarel
     hdr = b"\x01\x1b\x03\x3b" + struct.pack("<iI", cie_at - (at + 4), count) + bytes(table)
     return hdr.ljust((hdr_size + 7) & -8, b"\0") + lsda + cie + bytes(fdes) + b"\0\0\0\0"
+
+
+# ---- signal frames -----------------------------------------------------------------------------------
+
+#: struct rt_sigframe (arch/x86/include/asm/sigframe.h), in words: pretcode; ucontext: flags link ss_sp ss_flags
+#: ss_size; sigcontext: r8-r15 di si bp bx dx ax cx sp ip flags {cs gs fs ss}
+_RIP = 1 + 5 + 16
+_USER_CS, _USER_DS = 0x33, 0x2B
+
+
+def saved_pcs(stack: bytes) -> list[tuple[int, int]]:
+    """Find signal frames by what the kernel always writes: selectors, flags, a null uc_link."""
+    words = np.frombuffer(stack, dtype=np.uint64)
+    if len(words) < _RIP + 3:
+        return []
+    selectors = words[_RIP + 2 :]
+    flags = words[_RIP + 1 : -1]
+    link = words[2 : len(words) - _RIP]
+    found = (
+        ((selectors & np.uint64(0xFFFF)) == _USER_CS)
+        & np.isin(selectors >> np.uint64(48), (0, _USER_DS))
+        & (flags < np.uint64(1 << 22))
+        & ((flags & np.uint64(2)) != 0)
+        & (link == 0)
+    )
+    return [(8 * (int(i) + _RIP), int(words[int(i) + _RIP])) for i in np.flatnonzero(found)]
