@@ -156,19 +156,6 @@ def test_entry_slot(count, seed):
     assert steps == 2 + 5 + count * (2 + WITNESS)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_ten_byte_sled(seed):
-    """A nop straddles byte 8: what is left of it must never be run."""
-    idle = facts.NOP_SHORT + facts.NOP * 2
-    sled = ARCH.sled_at(idle + bytes.fromhex("411106e4"), "patchable")
-    machine, _ = entry_machine("sled", 1, sled)
-    before = machine.randomise(seed)
-    machine.run(SITE, SITE + 10)
-    after = machine.registers()
-    assert {r for r in EVERY if after[r] != before[r]} <= set(facts.SLOT_CLOBBERS)
-    assert len(machine.log()) == 1
-
-
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_mcount_slot(count, seed):

@@ -95,14 +95,15 @@ def sled_at(code: bytes, hint: str) -> Sled | Refusal | None:
     ========== ========================================= ====== ==== ======
     form       idle                                      size   link resume
     ========== ========================================= ====== ==== ======
-    sled       8 bytes or more of nops, of 2 or 4 bytes  8, 10  t0   8
+    sled       8 bytes or more of nops, of 2 or 4 bytes  8      t0   8
     mcount     `auipc ra; jalr ra` or `jal ra`, or nops  8, 4   ra   size
     sled16     `sd ra; auipc ra; jalr ra; ld ra`         16     ra   12
     ========== ========================================= ====== ==== ======
 
-    sled: nops after the patched bytes stay and are run. Where a 4-byte nop straddles byte 8, ten bytes are patched,
-    the last two with a c.nop, so that the body goes on where the call links: at byte 8. 16 bytes of nops, which
-    kernels of 5.12 to 6.2 armed with the 16-byte form, get the 8-byte form too: it has none of the hazards below.
+    sled: nops after the first 8 bytes stay and are run. Where a 4-byte nop straddles byte 8 (no compiler does that) the
+    sled is refused: a thread that is on its way back when tracing ends would go on in the middle of that nop.
+    16 bytes of nops, which kernels of 5.12 to 6.2 armed with the 16-byte form, get the 8-byte form too: it has none of
+    the hazards below.
 
     mcount: the call stands in the prologue after `mv a0, ra`, so a0 is the parent and everything an ordinary call may
     clobber is free. The 4-byte call is what a linker's relaxation leaves; it reaches 1 MiB only. While armed, the
@@ -118,13 +119,15 @@ def sled_at(code: bytes, hint: str) -> Sled | Refusal | None:
     kept = sled16_at(code)
     if kept is not None and kept.idle[:4] == _SAVE_RA:
         return kept
-    total, size, uniform = _nops_at(code)
+    total, boundary, uniform = _nops_at(code)
     if hint == "scan":
         # alignment padding is nops as well: accept only what a compiler emits for a sled, ending where it should
         good = uniform and total in (8, 16) and len(code) > total
         return Sled(SLED, PAIR, bytes(code[:PAIR]), PAIR, "t0") if good else None
+    if total >= PAIR and boundary > PAIR:
+        return Refusal("byte 8 of the sled is inside a nop: the body could not go on there")
     if total >= PAIR:
-        return Sled(SLED, size, bytes(code[:size]), PAIR, "t0")
+        return Sled(SLED, PAIR, bytes(code[:PAIR]), PAIR, "t0")
     if total:
         return Refusal(
             f"sled of {total} bytes is too short: a call takes 8 (auipc t0, jalr t0); "
@@ -192,7 +195,7 @@ def arm(site: int, sled: Sled, slot: int) -> bytes:
     Returns hooked or not, riscv64 arms with a call: the slot gives the return predictor back what the call pushed.
     """
     if sled.form == SLED:
-        return entry_call(site, slot) + nops(sled.size - PAIR)
+        return entry_call(site, slot)
     if sled.form == SLED16:
         return _SAVE_RA + call(site + 4, slot) + _LOAD_RA
     if sled.form == MCOUNT:
