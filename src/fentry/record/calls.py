@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 I64 = npt.NDArray[np.int64]
 
 _ENTRY, _EXIT, _TAIL, _UNWOUND, _PLAIN = (int(k) for k in (Kind.ENTRY, Kind.EXIT, Kind.TAIL, Kind.UNWOUND, Kind.PLAIN))
+
+
+_FIELDS = attrgetter("row", "parent", "ts", "dur", "own", "site", "depth", "retval", "flags")
+_MOST = (1 << 63) - 1
+
+
+def _clamped(values: Sequence[int]) -> Sequence[int]:
+    """Durations of damaged traces can exceed what a column holds."""
+    return values if max(values, default=0) <= _MOST else [min(value, _MOST) for value in values]
 
 
 @dataclass(slots=True)
@@ -49,17 +59,19 @@ class Rows:
     @classmethod
     def of(cls, frames: Sequence[Frame]) -> Rows:
         """Rows of frames that :class:`Stack` closed."""
+        columns = list(zip(*map(_FIELDS, frames), strict=True)) or [()] * 9
+        row, parent, ts, dur, own, site, depth, retval, flags = columns
         return cls(
-            np.array([f.row for f in frames], np.int64),
-            np.array([f.parent for f in frames], np.int64),
-            np.array([f.ts for f in frames], np.uint64),
-            np.array([min(f.dur, (1 << 63) - 1) for f in frames], np.int64),
-            np.array([min(f.own, (1 << 63) - 1) for f in frames], np.int64),
-            np.array([f.site for f in frames], np.uint32),
-            np.array([f.depth for f in frames], np.int32),
-            np.array([f.retval or 0 for f in frames], np.uint64),
-            np.array([f.retval is not None for f in frames], bool),
-            np.array([f.flags for f in frames], np.uint16),
+            np.array(row, np.int64),
+            np.array(parent, np.int64),
+            np.array(ts, np.uint64),
+            np.array(_clamped(dur), np.int64),
+            np.array(_clamped(own), np.int64),
+            np.array(site, np.uint32),
+            np.array(depth, np.int32),
+            np.array([value or 0 for value in retval], np.uint64),
+            np.array([value is not None for value in retval], bool),
+            np.array(flags, np.uint16),
         )
 
     @classmethod
@@ -111,11 +123,11 @@ class Matcher:
             if self.exact or self.stack.loose or limit - at < 64:
                 at = self._slow(events, at, min(limit, at + self.WINDOW[1]), 0, out)
                 continue
-            fits = self._fast(events, at, limit, out)
-            if fits < limit - at:
-                if fits:
-                    self._fast(events, at, at + fits, out)
-                    at += fits
+            tried, fits = limit - at, self._fast(events, at, limit, out)
+            if fits < tried:
+                while 0 < fits < tried:  # the part that fits may itself end earlier, for another reason
+                    tried, fits = fits, self._fast(events, at, at + fits, out)
+                at += fits
                 self._span = max(self.SPAN[0], self._span // 2)
                 at = self._slow(events, at, min(stops[stop], at + self._window), 0, out)
                 self._window = min(2 * self._window, self.WINDOW[1])
@@ -222,10 +234,11 @@ class Matcher:
         order = framed[_stable_order(depth[framed])]
         span = n.bit_length()
         keys = (depth[order].astype(np.int64) << span) + order
-        asked = has_row[_stable_order(depth[has_row])]
+        inner = has_row[depth[has_row] > 0]
+        asked = inner[_stable_order(depth[inner])]
         found = np.searchsorted(keys, ((depth[asked].astype(np.int64) - 1) << span) + asked) - 1
         up = np.full(n, -1, np.int64)
-        up[asked] = np.where(depth[asked] > 0, order[found], -1)
+        up[asked] = order[found]
 
         number = np.full(n, -1, np.int64)
         number[:c] = [f.row for f in carry]
@@ -235,15 +248,15 @@ class Matcher:
         parent[:c] = [f.parent for f in carry]
 
         flags = np.zeros(n, np.uint16)
-        flags[kind == _TAIL] |= Flag.TAIL
-        flags[plain] |= Flag.PLAIN
-        flags[_recursive(frame, plain, site, end)] |= Flag.RECURSIVE
+        flags[kind == _TAIL] |= Flag.TAIL.value
+        flags[plain] |= Flag.PLAIN.value
+        flags[_recursive(frame, plain, site, end)] |= Flag.RECURSIVE.value
         if carry and carry[0].gap != stack.gaps:
-            flags[: n if end[0] < 0 else end[0]] |= Flag.UNSURE
+            flags[: n if end[0] < 0 else end[0]] |= Flag.UNSURE.value
         flags[:c] = [f.flags for f in carry]
         flags[:c] |= np.array([Flag.LOST if f.gap != stack.gaps else 0 for f in carry], np.uint16)
         done = np.flatnonzero(frame & (end >= 0))
-        flags[done[kind[end[done]] == _UNWOUND]] |= Flag.UNWOUND
+        flags[done[kind[end[done]] == _UNWOUND]] |= Flag.UNWOUND.value
 
         took = np.maximum((ts[end[done]] - ts[done]).view(np.int64), 0)
         child = np.zeros(n, np.int64)
@@ -287,7 +300,7 @@ class Matcher:
                 kept.site, kept.bits, kept.kind = int(site[i]), int(events.stack[i - c + low]), int(kind[i])
                 kept.flags, kept.gap, kept.depth = int(flags[i]), stack.gaps, int(depth[i]) + stack.base
                 kept.retval, kept.dur, kept.own = None, -1, -1
-                kept.owner = kept if kind[i] == _ENTRY else open_[int(owner[i])]
+                kept.owner = None if kind[i] == _ENTRY else open_[int(owner[i])]
             kept.child = int(child[i])
             open_[i] = kept
         stack.restore(list(open_.values()))

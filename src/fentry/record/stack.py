@@ -66,7 +66,7 @@ class Frame:
     gap: int  #: how many gaps the thread had seen when it was entered
     depth: int
     child: int  #: time of finished callees
-    owner: Frame | None  #: the frame whose return slot it has
+    owner: Frame | None  #: the frame whose return slot it has; None: it has its own
     dur: int  #: clock units; -1 while open, or if never known
     own: int  #: dur without callees
     retval: int | None
@@ -161,7 +161,7 @@ class Stack:
         site, bits = frame.site, frame.bits
         sites = self._sites
         sites[site] = sites.get(site, 0) + by
-        if frame.owner is frame:
+        if frame.owner is None:
             owners = self._owners
             owners[bits] = owners.get(bits, 0) + by
             if frame.kind == _ENTRY:
@@ -172,7 +172,7 @@ class Stack:
 
     def _push(self, ts: int, site: int, kind: int, bits: int, owner: Frame | None) -> None:
         frame = self._frame(ts, site, kind, bits)
-        frame.owner = owner or frame
+        frame.owner = owner
         if kind == _TAIL:
             frame.flags |= Flag.TAIL
         if self._sites.get(site):
@@ -205,15 +205,18 @@ class Stack:
             frame = self._pop(ts, None)
             frame.flags |= Flag.PASSED
             closed.append(frame)
-        return closed, self.frames[-1].owner
+        return closed, self.frames[-1].owner or self.frames[-1]
 
     def _exit(
         self, ts: int, site: int, kind: int, bits: int, payload: int | None, duration: int | None
     ) -> Sequence[Frame]:
+        top = self.frames[-1] if self.frames else None
+        if top and top.site == site and top.bits == bits and top.kind == _ENTRY and kind != _UNWOUND:
+            return (self._pop(ts, payload),)  # what nearly always happens
         if self._open.get(site << 16 | bits):
             return self._close(ts, site, kind, bits, payload)
         closed: list[Frame] = []
-        if self.loose and any(f.owner is f and f.kind == _TAIL and f.bits == bits for f in self.frames):
+        if self.loose and any(f.owner is None and f.kind == _TAIL and f.bits == bits for f in self.frames):
             # the entry of the owner is missing, but what it jumped to is there
             closed = self._close(ts, -1, kind, bits, payload)
         frame = self._frame(ts, site, kind, bits)
@@ -243,10 +246,10 @@ class Stack:
         while True:
             frame = self._pop(ts, payload)
             closed.append(frame)
-            if frame.bits == bits and frame.kind == wanted and frame.owner is frame and site in (-1, frame.site):
+            if frame.bits == bits and frame.kind == wanted and frame.owner is None and site in (-1, frame.site):
                 break
         for above in closed:
-            if above.owner is not frame:
+            if above is not frame and above.owner is not frame:
                 above.flags |= Flag.PASSED
                 above.retval = None
             elif kind == _UNWOUND:
