@@ -56,6 +56,7 @@ _FLAGS: Final = 0x202  #: eflags while a call is injected: interrupts on, no tra
 _NO_SYSCALL: Final = ptrace.WORD  #: orig_rax -1: nothing to restart
 _RESTARTS: Final = frozenset(-code & ptrace.WORD for code in (512, 513, 514, 516))  # include/linux/errno.h
 
+_NR_RESTART_SYSCALL: Final = 219
 _RED_ZONE: Final = 128  # System V psABI 3.2.2
 _FRAME: Final = 440  #: return address 8, ucontext 304, siginfo 128
 _STRINGS: Final = 256
@@ -224,7 +225,9 @@ class Injector:
         mask = ptrace.sigmask(tid)
         regs = self._left_rseq(tid, regs)
         image = bytearray(len(below))
-        image[:_FRAME] = _frame(_restarted(regs), mask, fp, gadgets.back)
+        # the last resort: restart_syscall, which ends with EINTR if we are killed
+        restarted = self._restarted(regs) or regs | {"rip": regs["rip"] - 2, "rax": _NR_RESTART_SYSCALL}
+        image[:_FRAME] = _frame(restarted, mask, fp, gadgets.back)
         image[fp - frame :] = xstate
         session = _Session(tid, gadgets, regs, mask, frame, strings, below, padding)
         self._memory.write(frame, bytes(image))
@@ -252,7 +255,7 @@ class Injector:
                 refusals.append(allowed)
             elif not (home := _home(regs["rsp"], _places(regs["rsp"], len(_xstate_image(tid)))[2], regions)):
                 refusals.append(TargetRefused(f"thread {tid} has too little stack left at {regs['rsp']:#x}"))
-            elif home == "stack":
+            elif home == "stack" and self._restarted(regs) is not None:
                 return tid, regs
             else:
                 second = second or (tid, regs)
@@ -278,6 +281,24 @@ class Injector:
         except Fault:
             return regs
         return regs | {"rip": abort} if 0 <= regs["rip"] - start < size else regs
+
+    def _restarted(self, regs: dict[str, int]) -> dict[str, int] | None:
+        """Registers with which an interrupted system call starts again, as arch_do_signal_or_restart would set them.
+
+        A call with a timeout that is interrupted for the second time shows as restart_syscall, which needs what
+        rt_sigreturn throws away. Then the true number is read from the ``mov $number, %eax; syscall`` it came from.
+
+        Returns: None if that is not there.
+        """
+        if regs["orig_rax"] >= 2**63 or regs["rax"] not in _RESTARTS:
+            return regs
+        again = regs | {"rip": regs["rip"] - 2, "rax": regs["orig_rax"]}
+        if regs["orig_rax"] != _NR_RESTART_SYSCALL:
+            return again
+        code = self._memory.read(regs["rip"] - 7, 7)
+        if code[:1] + code[5:] != b"\xb8\x0f\x05":
+            return None
+        return again | {"rax": int.from_bytes(code[1:5], "little")}
 
     # -- code to run ------------------------------------------------------------------------------
     def _still_there(self, gadgets: _Gadgets) -> bool:
@@ -393,13 +414,6 @@ def _home(sp: int, bottom: int, regions: list[Region]) -> str:
 
 
 # -- the frame --------------------------------------------------------------------------------------
-def _restarted(regs: dict[str, int]) -> dict[str, int]:
-    """Registers with which an interrupted system call starts again, as arch_do_signal_or_restart would set them."""
-    if regs["orig_rax"] < 2**63 and regs["rax"] in _RESTARTS:
-        return regs | {"rip": regs["rip"] - 2, "rax": regs["orig_rax"]}
-    return regs
-
-
 def _frame(regs: dict[str, int], mask: int, fp: int, restorer: int) -> bytes:
     """Build struct rt_sigframe: what rt_sigreturn makes of it is exactly `regs` and `mask`."""
     general = "r8 r9 r10 r11 r12 r13 r14 r15 rdi rsi rbp rbx rdx rax rcx rsp rip eflags".split()  # noqa: SIM905  # a list of 18 quoted names is harder to compare with struct sigcontext
