@@ -374,7 +374,7 @@ def decode(code: bytes) -> Insn | None:
     return decode_word(int.from_bytes(code[:size], "little"), size) if size else None
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 14)
 def decode_word(word: int, size: int) -> Insn | None:
     """Give the instruction `word` of `size` bytes, or None. The cache is bounded; real code repeats itself."""
     pattern = (WORDS if size == 4 else HALVES).find(word)
