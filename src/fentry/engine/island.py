@@ -20,6 +20,8 @@ from fentry.record.layout import Kind, Table
 
 #: bytes set aside for the displaced instructions of one site: 5 to 19 bytes that may grow, and a jump
 DISPLACED_ROOM = 64
+#: bytes set aside for the call frame information of one slot
+FRAME_INFO_ROOM = 192
 
 
 @dataclass(slots=True)
@@ -102,7 +104,7 @@ def room_for(tables: Sequence[SlotTable], blob: int) -> int:
     total = _up(blob + blob // 4, 4096) + 4096
     for t in tables:
         n = len(t.sites)
-        total += _up(n * t.layout.stride, 4096) + n * (DISPLACED_ROOM + (128 if t.hooked else 0)) + 4096
+        total += _up(n * t.layout.stride, 4096) + n * (DISPLACED_ROOM + (FRAME_INFO_ROOM if t.hooked else 0)) + 4096
     return _up(total, 4096)
 
 

@@ -68,7 +68,7 @@ def specialise(op: Op, dialect: Dialect, form: str, *, hooked: bool, base: int, 
     if not dialect.return_slot:
         shadow = tail = plain = direct
     elif op.parent:
-        shadow, tail, plain = Parent.SHADOW, Parent.SHADOW_NEXT, Parent.NEXT
+        shadow, tail, plain = Parent.SHADOW, Parent.SHADOW, Parent.NEXT
     else:
         shadow = tail = plain = Parent.NONE
     return Programs(

@@ -41,6 +41,10 @@ C_KEY, C_OWNER, C_RING, C_DATA, C_SELF, C_INDEX, C_DEPTH, C_ACC = range(0, 64, 8
 COUNTER = 64
 K_HITS, K_TOTAL, K_SELF, K_MIN, K_MAX = range(0, 40, 8)
 
+#: a slot keeps this many bytes on the stack while it calls programs: a program's own return address (or, without
+#: return slots, its stack pointer) lies so far below the caller's return slot (or the stack pointer at the entry)
+IN_SLOT = 16
+
 #: extension kind: duration of the call, with the exit that carries it (only returns are recorded)
 EXT_DURATION = 4
 
@@ -49,10 +53,9 @@ class Parent(Enum):
     """Where an entry program finds the caller's return address, relative to its own return slot."""
 
     NONE = "none"
-    NEXT = "next"  #: the next stack word (armed by a jump; riscv: 8(sp) of the slot's frame)
-    AFTER_RESUME = "after-resume"  #: behind the resume address (armed by a call)
-    SHADOW = "shadow"  #: in the shadow stack
-    SHADOW_NEXT = "shadow-next"  #: in the shadow of the next stack word (a tail call: that word is a hook)
+    NEXT = "next"  #: in the caller's return slot (armed by a jump), or in the slot's frame of 16 bytes, at 8(sp)
+    AFTER_RESUME = "after-resume"  #: one word further: behind the resume address (armed by a call)
+    SHADOW = "shadow"  #: in the shadow of the caller's return slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,12 +238,11 @@ class Module:
     # -- one program -------------------------------------------------------------------------------
     def _body(self, spec: Spec, *, slow: bool) -> str:
         if not (spec.record or spec.count or spec.timed):  # tracer nop: the cost of being called at all
-            name, params = (f"{spec.name}.slow", "") if slow else (spec.name, "i64 %ret" if spec.exit else "")
-            return f"define {'internal ' if slow else ''}preserve_mostcc void @{name}({params}) {_ATTRS} {{ ret void }}"
+            name = f"{spec.name}.slow" if slow else spec.name
+            return f"define {'internal ' if slow else ''}preserve_mostcc void @{name}() {_ATTRS} {{ ret void }}"
         t, lay, d = Text(), self.layout, self.dialect
         name = f"{spec.name}.slow" if slow else spec.name
-        params = "i64 %ret" if spec.exit else ""
-        args = "i64 %ret" if spec.exit else ""
+        params = args = "i64 %ret" if spec.exit and not d.return_slot else ""
         units = self._units(spec)
         light = spec.count and not (spec.record or spec.timed or spec.depth or spec.threshold)
 
@@ -309,15 +311,20 @@ class Module:
         mark = t.op(f"ptrtoint ptr {t.op('call ptr @llvm.returnaddress(i32 0)', 'm')} to i64", "mark")
         # the frame's position: where the return slot is (the same for entry and exit of one call)
         frame = self.layout.frames.get(name, 0)
-        needs_frame = spec.stack or spec.timed or spec.threshold or spec.depth or spec.parent is not Parent.NONE
+        needs_frame = spec.retval or spec.stack or spec.timed or spec.threshold or spec.depth or spec.parent is not Parent.NONE
         position = ""
         if needs_frame:
             if d.return_slot:
-                position = t.op(f"ptrtoint ptr {t.op('call ptr @llvm.addressofreturnaddress.p0()', 'p')} to i64")
+                own = t.op(f"ptrtoint ptr {t.op('call ptr @llvm.addressofreturnaddress.p0()', 'p')} to i64")
+                position = t.op(f"add i64 {own}, {IN_SLOT}")
             else:
                 sp = t.op("call i64 @llvm.read_register.i64(metadata !2)")
                 position = t.op(f"add i64 {sp}, {frame}")  # the stack pointer when the program was entered
-        shadow = lay.shadow if d.return_slot else lay.shadow + 16  # a slot keeps a frame of 16 bytes there
+        # without return slots the frame is known by the stack pointer at its entry: above the slot's frame
+        shadow = lay.shadow if d.return_slot else lay.shadow + IN_SLOT
+        ret = "%ret"
+        if spec.retval and d.return_slot:
+            ret = t.load(t.pointer(position))
         now = ""
 
         def clock() -> str:
@@ -377,16 +384,14 @@ class Module:
             bits = t.op(f"shl i64 {t.op(f'lshr i64 {position}, 4')}, 48")
             word = t.op(f"or i64 {bits}, {mark}")
         parent = ""
-        if spec.parent in (Parent.SHADOW, Parent.SHADOW_NEXT):
-            next_word = 8 if spec.parent is Parent.SHADOW_NEXT else 0
-            parent = t.load(t.pointer(t.op(f"add i64 {position}, {shadow + next_word}")))
+        if spec.parent is Parent.SHADOW:
+            parent = t.load(t.pointer(t.op(f"add i64 {position}, {shadow}")))
         elif spec.parent is not Parent.NONE:
-            # with return_slot, `position` is where the program's own return address lies
-            offset = {Parent.NEXT: 8, Parent.AFTER_RESUME: 16}[spec.parent]
+            offset = (0 if d.return_slot else 8) + (8 if spec.parent is Parent.AFTER_RESUME else 0)
             parent = t.load(t.pointer(t.op(f"add i64 {position}, {offset}")))
         order = lay.clock == "order"
         if order:
-            put(0, parent or ("%ret" if spec.retval else "0"), word)
+            put(0, parent or (ret if spec.retval else "0"), word)
         else:
             put(0, now or clock(), word)
         index = 1
@@ -394,7 +399,7 @@ class Module:
             put(index, parent, str(L.EXT_PARENT << 48))
             index += 1
         if spec.retval and not order:
-            put(index, "%ret", str(L.EXT_RETVAL << 48))
+            put(index, ret, str(L.EXT_RETVAL << 48))
             index += 1
         if duration:
             put(index, duration, str(EXT_DURATION << 48))

@@ -1,24 +1,28 @@
 """Slots on x86_64: the little piece of code per site that calls the programs and goes on.
 
-Register story. At a function entry r11 is free, flags are dead, everything else may be live; at an
-exit rax, rdx, xmm0-1, st0-1 and the callee-saved registers are live. A program preserves everything
-but r11. The stack pointer need not be aligned for a program.
+Register story. The psABI leaves r11 free at a function entry, and much more at an exit; but gcc's -fipa-ra (on from -O1,
+off only with -pg) lets a caller keep values in any register that a *known* callee does not touch. So everything is
+preserved but the flags, at entry and at exit. A program preserves everything but r11; the slot keeps that on the stack.
+The 128 bytes below rsp are ours: at a function's first instruction its red zone is still unused, and
+between its `ret` and the caller's next instruction it is dead.
+
+In all slots, with S the address of the caller's return slot, a program's own return address lies at S - 16
+(armed by a call: S - 24), the saved r11 above it.
 
 Entry only, armed by a call (a sled, or a call of fentry/mcount):
 
     [rsp] = resume, [rsp+8] = parent
+        push r11
         call program ...          ; mark = the return address of each
+        pop  r11
         ret                       ; to the resume address: paired with the site's call
 
-Entry only, armed by a jump:
-
-    [rsp] = parent
-        call program ...
-        jmp  body
+Entry only, armed by a jump: the same with `jmp body` for `ret`, and [rsp] = parent.
 
 With return hook, always armed by a jump (architecture D9, balanced):
 
     [rsp] = parent
+        mov  [rsp-8], r11
         mov  r11, [rsp]
         cmp  dword [r11+3], MAGIC ; is the caller's return address a hook? then this is a tail call
         je   tail
@@ -28,19 +32,30 @@ With return hook, always armed by a jump (architecture D9, balanced):
         jne  plain
         movabs r11, off - 8
         pop  [rsp+r11]            ; the return address moves to its shadow slot
-        call entry program ...    ; each call pushes into the very slot that was popped
-        call body                 ; and so does this one: stack arguments have not moved
+        lea  rsp, [rsp-16]        ; [rsp] = r11
+        call entry program ...
+        pop  r11
+        lea  rsp, [rsp+8]
+        call body                 ; pushes into the very slot that was popped: stack arguments have not moved
     hook:
         nop  [rax+MAGIC]          ; 0f 1f 80 imm32: says "I am a hook" to whoever is tail-called
-        mov  rdi, rax             ; programs at an exit take the return value as argument
+        push rax                  ; programs at an exit find the return value above the saved r11
+        push r11
         call exit program ...
+        lea  rsp, [rsp+16]
         movabs r11, off - 8
         push [rsp+r11]            ; the return address comes back
+        mov  r11, [rsp-8]         ; where it was pushed
         ret                       ; predicted: the call that made it was never unpaired
-    tail:  call entry program ... ; jmp body
-    plain: call entry program ... ; jmp body
+    tail, plain:
+        lea  rsp, [rsp-8]
+        call entry program ...
+        pop  r11
+        jmp  body
     pad:                          ; an exception passes: rax = exception, rsp = as at the hook
+        lea  rsp, [rsp-16]
         call unwound program ...
+        lea  rsp, [rsp+16]
         movabs r11, off - 8
         push [rsp+r11]
         sub  rsp, 8
@@ -87,6 +102,15 @@ def _align(n: int) -> int:
     return (n + 31) & -32
 
 
+_SAVE = bytes.fromhex("4c895c24f8")  # mov [rsp-8], r11
+_RELOAD = bytes.fromhex("4c8b5c24f8")  # mov r11, [rsp-8]
+_PUSH, _POP = bytes.fromhex("4153"), bytes.fromhex("415b")  # push r11; pop r11
+_DOWN16, _DOWN8 = bytes.fromhex("488d6424f0"), bytes.fromhex("488d6424f8")  # lea rsp, [rsp-16]; [rsp-8]
+_UP8, _UP16 = bytes.fromhex("488d642408"), bytes.fromhex("488d642410")  # lea rsp, [rsp+8]; [rsp+16]
+_WINDOW = 3 + 4 + 4  # mov r11, rsp; shr r11, n; cmp r11, n
+_OFF = 10  # movabs r11, imm64
+
+
 @cache
 def slot_layout(shape: SlotShape) -> SlotLayout:
     """Layout of slots of this shape; offsets do not depend on addresses."""
@@ -97,23 +121,27 @@ def slot_layout(shape: SlotShape) -> SlotLayout:
             hint="build with -mfentry or -fpatchable-function-entry, or trace entries only (-p function)",
         )
     if not x:
-        marks = tuple(5 * (i + 1) for i in range(e))
-        end = 5 * e + (5 if shape.form in JUMP_FORMS else 1)
+        marks = tuple(2 + 5 * (i + 1) for i in range(e))
+        end = 2 + 5 * e + 2 + (5 if shape.form in JUMP_FORMS else 1)
         return SlotLayout(stride=max(16, 1 << (end - 1).bit_length()), entry_marks=marks)
-    at = len(_IS_TAIL) + 6 + 3 + 4 + 4 + 6 + 10 + 4
-    entry = tuple(at + 5 * (i + 1) for i in range(e))
-    call = at + 5 * e
+
+    def calls(at: int, count: int) -> tuple[int, ...]:
+        return tuple(at + 5 * (i + 1) for i in range(count))
+
+    at = len(_SAVE) + len(_IS_TAIL) + 6 + _WINDOW + 6 + _OFF + 4 + len(_DOWN16)
+    entry = calls(at, e)
+    call = at + 5 * e + len(_POP) + len(_UP8)
     hook = call + 5
-    at = hook + len(_HOOK_NOP) + 3
-    exits = tuple(at + 5 * (i + 1) for i in range(x))
-    at += 5 * x + 10 + 4 + 1
-    tails = tuple(at + 5 * (i + 1) for i in range(e))
-    at += 5 * e + 5
-    plains = tuple(at + 5 * (i + 1) for i in range(e))
-    at += 5 * e + 5
+    at = hook + len(_HOOK_NOP) + 1 + len(_PUSH)
+    exits = calls(at, x)
+    at += 5 * x + len(_UP16) + _OFF + 4 + len(_RELOAD) + 1
+    tails = calls(at + len(_DOWN8), e)
+    at += len(_DOWN8) + 5 * e + len(_POP) + 5
+    plains = calls(at + len(_DOWN8), e)
+    at += len(_DOWN8) + 5 * e + len(_POP) + 5
     pad = at
-    unwound = tuple(at + 5 * (i + 1) for i in range(x))
-    end = at + 5 * x + 10 + 4 + 4 + 3 + 10 + 3
+    unwound = calls(at + len(_DOWN16), x)
+    end = at + len(_DOWN16) + 5 * x + len(_UP16) + _OFF + 4 + 4 + 3 + 10 + 3
     return SlotLayout(
         stride=1 << (end - 1).bit_length(),
         entry_marks=entry,
@@ -127,9 +155,16 @@ def slot_layout(shape: SlotShape) -> SlotLayout:
     )
 
 
+def _tail_at(shape: SlotShape) -> int:
+    """Offset of the code for tail calls."""
+    layout = slot_layout(shape)
+    return layout.hook + len(_HOOK_NOP) + 3 + 5 * shape.exit + len(_UP16) + _OFF + 4 + len(_RELOAD) + 1
+
+
 def slot(plan: SlotPlan) -> bytes:
     """Emit one slot; see the module's register story."""
-    layout = slot_layout(SlotShape(len(plan.entry), len(plan.exit), plan.sled.form))
+    shape = SlotShape(len(plan.entry), len(plan.exit), plan.sled.form)
+    layout = slot_layout(shape)
     out = bytearray()
 
     def calls(programs: Sequence[int]) -> None:
@@ -139,8 +174,14 @@ def slot(plan: SlotPlan) -> bytes:
     def jump(opcode: bytes, to: int) -> None:
         out.extend(_rel(opcode, plan.at + len(out), to))
 
+    def reached(what: str, offset: int) -> None:
+        if len(out) != offset:
+            raise EngineBug(f"slot layout: {what} at {len(out)}, not {offset}")
+
     if not plan.exit:
+        out += _PUSH
         calls(plan.entry)
+        out += _POP
         if plan.sled.form in JUMP_FORMS:
             jump(b"\xe9", plan.body)
         else:
@@ -148,36 +189,36 @@ def slot(plan: SlotPlan) -> bytes:
         return bytes(out).ljust(layout.stride, b"\xcc")
 
     plane = plan.plane
-    if plane is None or plane.size & (plane.size - 1) or plane.low % plane.size:
+    if plane is None or plane.size & (plane.size - 1) or plane.low % plane.size or plane.low // plane.size > 127:
         raise EngineBug("a return plane mirrors a naturally aligned power-of-two window of stacks")
-    window = plane.low // plane.size
     load_off = b"\x49\xbb" + struct.pack("<Q", (plane.off - 8) & (1 << 64) - 1)  # movabs r11, off-8
-    e = len(plan.entry)
-    tail_at = plan.at + (layout.tail_marks[0] - 5 if e else layout.pad - 10)
-    plain_at = plan.at + (layout.plain_marks[0] - 5 if e else layout.pad - 5)
-    out += _IS_TAIL
-    jump(_JE, tail_at)
+    aside = len(_DOWN8) + 5 * shape.entry + len(_POP) + 5
+    tail = _tail_at(shape)
+    out += _SAVE + _IS_TAIL
+    jump(_JE, plan.at + tail)
     out += bytes.fromhex("4989e3")  # mov r11,rsp
     out += bytes.fromhex("49c1eb") + bytes([plane.size.bit_length() - 1])  # shr r11, n
-    out += bytes.fromhex("4983fb") + bytes([window])  # cmp r11, window
-    jump(_JNE, plain_at)
-    out += load_off + _POP_SHADOW
+    out += bytes.fromhex("4983fb") + bytes([plane.low // plane.size])  # cmp r11, window
+    jump(_JNE, plan.at + tail + aside)
+    out += load_off + _POP_SHADOW + _DOWN16
     calls(plan.entry)
+    out += _POP + _UP8
     jump(b"\xe8", plan.body)
-    if len(out) != layout.hook:
-        raise EngineBug(f"slot layout: hook at {len(out)}, not {layout.hook}")
-    out += _HOOK_NOP + _RDI_RAX
+    reached("hook", layout.hook)
+    out += _HOOK_NOP + b"\x50" + _PUSH
     calls(plan.exit)
-    out += load_off + _PUSH_SHADOW + b"\xc3"
-    calls(plan.entry if plan.tail is None else plan.tail)
-    jump(b"\xe9", plan.body)
-    calls(plan.entry if plan.plain is None else plan.plain)
-    jump(b"\xe9", plan.body)
-    if len(out) != layout.pad:
-        raise EngineBug(f"slot layout: pad at {len(out)}, not {layout.pad}")
+    out += _UP16 + load_off + _PUSH_SHADOW + _RELOAD + b"\xc3"
+    reached("tail", tail)
+    for programs in (plan.tail, plan.plain):
+        out += _DOWN8
+        calls(plan.entry if programs is None else programs)
+        out += _POP
+        jump(b"\xe9", plan.body)
+    reached("pad", layout.pad)
     if plan.resume_unwind:
+        out += _DOWN16
         calls(plan.unwound)
-        out += load_off + _PUSH_SHADOW + bytes.fromhex("4883ec08") + _RDI_RAX
+        out += _UP16 + load_off + _PUSH_SHADOW + bytes.fromhex("4883ec08") + _RDI_RAX
         out += b"\x49\xbb" + struct.pack("<Q", plan.resume_unwind) + bytes.fromhex("41ffd3")
     if len(out) > layout.stride:
         raise EngineBug(f"slot of {len(out)} bytes is larger than its stride {layout.stride}")
@@ -205,10 +246,10 @@ def _uleb(n: int) -> bytes:
         out.append(byte | 0x80)
 
 
-def _in_frame(off: int) -> bytes:
-    """DW_CFA ops: CFA = rsp, return address saved at CFA + off - 8 (an expression: CFA is pushed first)."""
+def _in_frame(off: int, size: int) -> bytes:
+    """DW_CFA ops: CFA = rsp + size, return address saved at CFA + off - 8 (an expression: CFA is pushed first)."""
     expr = b"\x0e" + struct.pack("<Q", (off - 8) & (1 << 64) - 1) + b"\x22"  # const8u, plus
-    return bytes([0x0C, _RSP, 0]) + bytes([0x10, _RA, len(expr)]) + expr
+    return bytes([0x0C, _RSP, size]) + bytes([0x10, _RA, len(expr)]) + expr
 
 
 def _plain_frame(size: int) -> bytes:
@@ -253,14 +294,37 @@ def frame_info(shape: SlotShape, slots: Sequence[int], at: int, unwind: UnwindIn
     cie = cie.ljust((len(cie) + 7) & -8, b"\0")
     cie = struct.pack("<I", len(cie) - 4) + cie[4:]
 
-    popped = layout.call - 5 * shape.entry  # first byte behind the pop
-    pushed = (layout.tail_marks[0] - 5 if shape.entry else layout.pad - 10) - 1  # the ret
-    ops = _advance(popped) + _in_frame(plane.off)
-    ops += _advance(pushed - popped) + _plain_frame(8)
-    ops += _advance(layout.pad - pushed) + _in_frame(plane.off)
-    restored = 5 * shape.exit + 14
-    ops += _advance(restored) + _plain_frame(8)
-    ops += _advance(4) + _plain_frame(16)
+    # rows: what the stack looks like from each of these offsets on
+    tail = _tail_at(shape)
+    entered = layout.call - len(_POP) - len(_UP8) - 5 * shape.entry
+    pushing = layout.hook + len(_HOOK_NOP)
+    popping = layout.exit_marks[-1]
+    rows = [
+        (entered - len(_DOWN16), _in_frame(plane.off, 0)),
+        (entered, _in_frame(plane.off, 16)),
+        (layout.call - len(_UP8), _in_frame(plane.off, 8)),
+        (layout.call, _in_frame(plane.off, 0)),
+        (pushing + 1, _in_frame(plane.off, 8)),
+        (pushing + 1 + len(_PUSH), _in_frame(plane.off, 16)),
+        (popping + len(_UP16), _in_frame(plane.off, 0)),
+        (popping + len(_UP16) + _OFF + 4, _plain_frame(8)),
+    ]
+    for begin in (tail, tail + (layout.pad - tail) // 2):
+        rows += [(begin + len(_DOWN8), _plain_frame(16)), (begin + len(_DOWN8) + 5 * shape.entry + 2, _plain_frame(8))]
+    rows += [
+        (layout.pad, _in_frame(plane.off, 0)),
+        (layout.pad + len(_DOWN16), _in_frame(plane.off, 16)),
+        (layout.unwound_marks[-1] + len(_UP16), _in_frame(plane.off, 0)),
+        (layout.unwound_marks[-1] + len(_UP16) + _OFF + 4, _plain_frame(8)),
+        (layout.unwound_marks[-1] + len(_UP16) + _OFF + 8, _plain_frame(16)),
+    ]
+    ops = b""
+    before, now = 0, _plain_frame(8)
+    for offset, row in rows:
+        # where only the distance to the CFA changes, DW_CFA_def_cfa_offset is enough
+        change = row if row[3:] != now[3:] else bytes([0x0E, row[2]])
+        ops += _advance(offset - before) + change
+        before, now = offset, row
     aug = _uleb(8) + struct.pack("<Q", lsda_at) if with_pad else _uleb(0)
     fde_size = (8 + 16 + len(aug) + len(ops) + 7) & -8
     first = cie_at + len(cie)
