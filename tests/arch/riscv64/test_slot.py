@@ -185,7 +185,7 @@ def test_sled16_slot(seed):
 
 # -- with return hooks ------------------------------------------------------------------------------------
 
-DEAD_AT_RETURN = tuple(r for r in GPRS if r[0] == "t" and r != "tp") + ("a2", "a3", "a4", "a5", "a6", "a7")
+DEAD_AT_RETURN = tuple(r for r in facts.EXIT_CLOBBERS if r != "ra")
 
 
 def hooked(bodies, *, plane=PLANE, exits=1, entries=1):

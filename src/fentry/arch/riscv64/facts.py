@@ -55,6 +55,8 @@ STATIC_CHAIN: Final = "t2"  #: live at entry of nested functions
 SLOT_CLOBBERS: Final = ("t0", "t1")
 #: what a program may change at an entry (preserve_mostcc of LLVM's RISC-V back end with t2 and t3 reserved)
 PROGRAM_CLOBBERS: Final = ("ra", "t1")
+#: what a program may change at an exit: all that is dead at a return
+EXIT_CLOBBERS: Final = ("ra", "t0", "t1", "t2", "t3", "t4", "t5", "t6", "a2", "a3", "a4", "a5", "a6", "a7")
 #: system call: number in a7, arguments a0..a5, result in a0 (-errno)
 SYSCALL_NUMBER: Final = "a7"
 SYSCALL_ARGS: Final = ("a0", "a1", "a2", "a3", "a4", "a5")
