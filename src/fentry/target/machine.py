@@ -6,9 +6,11 @@ One table per ELF machine, strings and numbers only; no code elsewhere in the em
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from unicorn import riscv_const, unicorn_const
 
+from fentry.arch import by_elf_machine
 from fentry.target.baremetal import TrapRegs
 from fentry.target.linuxsignal import FrameShape
 
@@ -44,22 +46,23 @@ class Machine:
     time_read: tuple[int, int, int]  #: (mask, value, shift of the register number) of an instruction that reads time
 
 
-def _riscv64() -> Machine:
+def _elf_243_64(arch: Any) -> Machine:
+    """RISC-V, 64 bit: what is ours to know; names and conventions are the architecture's."""
+    facts = arch.facts
     c = riscv_const
-    names = "ra sp gp tp t0 t1 t2 s0 s1 a0 a1 a2 a3 a4 a5 a6 a7 s2 s3 s4 s5 s6 s7 s8 s9 s10 s11 t3 t4 t5 t6".split()  # noqa: SIM905
     fs_initial = 1 << 13  # mstatus.FS, privileged ISA 3.1.6.6
     return Machine(
-        name="riscv64",
-        arch=unicorn_const.UC_ARCH_RISCV,
-        mode=unicorn_const.UC_MODE_RISCV64,
-        regs={"pc": c.UC_RISCV_REG_PC, **{n: getattr(c, f"UC_RISCV_REG_{n.upper()}") for n in names}},
-        pc="pc",
-        sp="sp",
-        call="a7",
-        arguments=("a0", "a1", "a2", "a3", "a4", "a5"),
+        name=arch.name,
+        arch=getattr(unicorn_const, facts.UNICORN_ARCH),
+        mode=getattr(unicorn_const, facts.UNICORN_MODE),
+        regs={name: getattr(c, facts.UNICORN_REGS[name]) for name in facts.REGS},
+        pc=arch.pc,
+        sp=arch.sp,
+        call=facts.SYSCALL_NUMBER,
+        arguments=facts.SYSCALL_ARGS,
         call_traps=(8, 9, 11),  # ecall from U, S, M: privileged ISA, table of mcause
         trap_skew=4,
-        breakpoints=(bytes.fromhex("73001000"), bytes.fromhex("0290")),
+        breakpoints=(facts.BREAKPOINT, facts.BREAKPOINT_SHORT),
         start_linux=((c.UC_RISCV_REG_MSTATUS, fs_initial), (c.UC_RISCV_REG_PRIV, 0)),
         start_bare=((c.UC_RISCV_REG_MSTATUS, fs_initial),),
         board_base=0x8000_0000,
@@ -72,16 +75,16 @@ def _riscv64() -> Machine:
             privilege=c.UC_RISCV_REG_PRIV,
         ),
         frame=FrameShape(
-            regs=("pc", *names),  # struct user_regs_struct, arch/riscv/include/uapi/asm/ptrace.h
+            regs=facts.REGS,  # struct user_regs_struct, which sigcontext begins with
             regs_at=176,
             fp_regs=tuple(f"f{i}" for i in range(32)),
             fp_at=176 + 256,
             fp_control="fcsr",
             size=960,
-            arguments=("a0", "a1", "a2"),
+            arguments=facts.SYSCALL_ARGS[:3],
             link="ra",
-            pc="pc",
-            sp="sp",
+            pc=arch.pc,
+            sp=arch.sp,
             code=bytes.fromhex("9308b008 73000000"),  # li a7, 139; ecall: what unwinders look for
         ),
         fp_regs=tuple(c.UC_RISCV_REG_F0 + i for i in range(32)),
@@ -92,10 +95,10 @@ def _riscv64() -> Machine:
     )
 
 
-_MACHINES = {(243, 64): _riscv64}  # by ELF machine (EM_RISCV) and word size
+_MACHINES = {(243, 64): _elf_243_64}  # by ELF machine and word size
 
 
 def machine_for(elf_machine: int, bits: int) -> Machine | None:
     """Give the machine for an ELF file, or None if it is not emulated here."""
     make = _MACHINES.get((elf_machine, bits))
-    return make() if make else None
+    return make(by_elf_machine(elf_machine, bits)) if make else None
