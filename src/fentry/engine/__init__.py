@@ -184,7 +184,8 @@ class Engine:
         shadow = plane_step = 0
         if any(op.exit for op in ops):
             low, window = self._stack_window()
-            planes = 3 if any(_deep(op) for op in ops) else 1
+            # return addresses, hooks; entry times; depths or accumulated time
+            planes = 4 if any(_deep(op) for op in ops) else 2
             at = allocator.map(planes * window, "rw-", name="noreserve")
             self._note(at, planes * window)
             shadow, plane_step = at - low, window

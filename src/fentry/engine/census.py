@@ -24,6 +24,7 @@ _NEVER = {
         r"|__kernel_\w+|_dl_static_init_tls_desc"
     ),
     "an instrumentation hook itself": re.compile(r"_?_?mcount|__fentry__|__gnu_mcount_nc|__cyg_profile_func_\w+"),
+    "entered by a return, not by a call": re.compile(r"__start_context"),
     "the program's first instruction: nothing called it": re.compile(
         r"_start|_dl_start|_dl_start_user|__start|_rt_entry"
     ),
@@ -130,8 +131,8 @@ def take(image: Image, module: str = "", *, main: bool = False) -> Census:
             returns, why = False, "returns twice"
         elif unwinder or any(_UNWINDER.fullmatch(n) for n in names):
             returns, why = False, "leaves through a frame that is not its own"
-        elif sled is not None and sled.form == "mcount":
-            returns, why = False, "a call of mcount sits behind the prologue"
+        elif sled is not None and sled.form in ("mcount", "sled16"):
+            returns, why = False, f"form {sled.form} leaves no return address to hook"
         verdicts[f.address] = Verdict(f, module, main, sled, site, reason, returns, why)
 
     for f in functions:

@@ -12,9 +12,14 @@ from __future__ import annotations
 
 import re
 import struct
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from fentry.image.elf import ET_REL, PT_GNU_EH_FRAME, Elf
+import numpy as np
+
+from fentry.image.elf import ET_REL, PT_GNU_EH_FRAME, Elf, Table
 
 MAX_RECORDS = 1 << 22  #: CIEs and FDEs; the largest browsers have a quarter of this
 
@@ -22,19 +27,23 @@ MAX_RECORDS = 1 << 22  #: CIEs and FDEs; the largest browsers have a quarter of 
 _FORMATS = {0x02: ("H", 2), 0x03: ("I", 4), 0x04: ("Q", 8), 0x0A: ("h", 2), 0x0B: ("i", 4), 0x0C: ("q", 8)}
 _PCREL, _ABSOLUTE, _DATAREL, _OMIT = 0x10, 0x00, 0x30, 0xFF
 
-#: call frame instructions that define a frame: def_cfa and its kin (0c-0e, 12-14); advance is 40-7f, offset 80-bf
-_DEFINES = frozenset((0x0C, 0x0D, 0x0E, 0x12, 0x13, 0x14, *range(0x80, 0xC0)))
+#: call frame instructions that define a frame: def_cfa and its kin (0c-0e, 12-14); advance is 40-7f, offset 80-bf;
+#: undefined (07) at the start says that there is no caller: a thread's or a context's first code
+_DEFINES = frozenset((0x07, 0x0C, 0x0D, 0x0E, 0x12, 0x13, 0x14, *range(0x80, 0xC0)))
 
 _NOT_ZERO = re.compile(rb"[^\0]")
 
 
-@dataclass(frozen=True, slots=True)
-class FrameRange:
-    """Code that one FDE covers."""
+class Frames(NamedTuple):
+    """Code ranges that FDEs cover, as columns sorted by start; starts are unique."""
 
-    start: int
-    size: int
-    cold: bool  #: entered with a frame already built: not by a call
+    start: Table  #: u64
+    size: Table  #: u64
+    cold: Table  #: bool: entered with a frame already built, not by a call
+
+    def take(self, keep: Table) -> Frames:
+        """Those rows for which `keep` is true."""
+        return Frames(self.start[keep], self.size[keep], self.cold[keep])
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +53,22 @@ class _Cie:
     signal: bool
 
 
-def frame_ranges(elf: Elf) -> list[FrameRange]:
-    """FDE ranges sorted by start, the first of equal starts only; empty if there are none or they make no sense.
+def frame_ranges(elf: Elf) -> Frames:
+    """What the FDEs of a file cover; of equal starts the first. Empty if there are none or they make no sense.
 
     Objects give nothing: their FDEs are not relocated yet, and they always have a symbol table.
     """
-    if elf.type == ET_REL:
-        return []
-    tables = [(s.addr, elf.contents(s), False) for s in elf.named(".eh_frame")]
-    if not any(data for _, data, _ in tables):
+    tables = [] if elf.type == ET_REL else [(s.addr, elf.contents(s), False) for s in elf.named(".eh_frame")]
+    if elf.type != ET_REL and not any(data for _, data, _ in tables):
         tables = _through_header(elf)
-    found: dict[int, FrameRange] = {}
+    starts, sizes, colds = array("Q"), array("Q"), array("B")
     for base, data, open_ended in tables:
-        for piece in _walk(elf, base, data, open_ended=open_ended):
-            found.setdefault(piece.start, piece)
-    return [found[start] for start in sorted(found)]
+        for start, size, cold in _walk(elf, base, data, open_ended=open_ended):
+            starts.append(start)
+            sizes.append(size)
+            colds.append(cold)
+    unique, first = np.unique(np.array(starts, np.uint64), return_index=True)
+    return Frames(unique, np.array(sizes, np.uint64)[first], np.array(colds, np.uint8)[first] != 0)
 
 
 def _through_header(elf: Elf) -> list[tuple[int, bytes, bool]]:
@@ -74,8 +84,9 @@ def _through_header(elf: Elf) -> list[tuple[int, bytes, bool]]:
     return [(value[0], elf.at(value[0], room), True)] if room else []
 
 
-def _walk(elf: Elf, base: int, data: bytes, *, open_ended: bool) -> list[FrameRange]:
-    order, out, cies = elf.order, [], dict[int, _Cie | None]()
+def _walk(elf: Elf, base: int, data: bytes, *, open_ended: bool) -> Iterator[tuple[int, int, bool]]:
+    """(start, size, cold) of each FDE."""
+    order, cies = elf.order, dict[int, _Cie | None]()
     read_u32, size, at = struct.Struct(f"{order}I").unpack_from, len(data), 0
     for _ in range(MAX_RECORDS):
         if at + 8 > size:
@@ -107,9 +118,8 @@ def _walk(elf: Elf, base: int, data: bytes, *, open_ended: bool) -> list[FrameRa
             cie = cies[where]
             # a signal frame starts one byte early, for unwinders that look up pc - 1, and is never called
             if cie is not None and not cie.signal and (piece := _read_fde(elf, data, body + 4, end, base, cie)):
-                out.append(piece)
+                yield piece
         at = end
-    return out
 
 
 def _read_cie(elf: Elf, data: bytes, at: int) -> _Cie | None:
@@ -154,7 +164,7 @@ def _read_cie(elf: Elf, data: bytes, at: int) -> _Cie | None:
     return _Cie(encoding, augmented=True, signal=signal)
 
 
-def _read_fde(elf: Elf, data: bytes, at: int, end: int, base: int, cie: _Cie) -> FrameRange | None:
+def _read_fde(elf: Elf, data: bytes, at: int, end: int, base: int, cie: _Cie) -> tuple[int, int, bool] | None:
     start = _pointer(elf, data, at, base + at, cie.encoding, 0)
     if start is None:
         return None
@@ -168,7 +178,7 @@ def _read_fde(elf: Elf, data: bytes, at: int, end: int, base: int, cie: _Cie) ->
         at = _skip_leb(data, at, end)
         at += data[skip] if at == skip + 1 else end
     first = next((op for op in data[at : min(end, at + 8)] if op), 0)
-    return FrameRange(start[0], extent[0], cold=first in _DEFINES)
+    return start[0], extent[0], first in _DEFINES
 
 
 def _pointer(elf: Elf, data: bytes, at: int, address: int, encoding: int, base: int) -> tuple[int, int] | None:

@@ -336,7 +336,7 @@ class Module:
 
         keep = ""  # a condition that lets the record through
         if spec.depth:
-            plane = t.pointer(t.op(f"add i64 {position}, {shadow + 2 * lay.plane}"))
+            plane = t.pointer(t.op(f"add i64 {position}, {shadow + 3 * lay.plane}"))
             if spec.exit:
                 depth = t.load(plane)
                 ctx.store(depth, C_DEPTH)
@@ -349,7 +349,7 @@ class Module:
         duration = ""
         if spec.threshold:
             now = clock()
-            start = t.pointer(t.op(f"add i64 {position}, {shadow + lay.plane}"))
+            start = t.pointer(t.op(f"add i64 {position}, {shadow + 2 * lay.plane}"))
             if spec.exit:
                 duration = t.op(f"sub i64 {now}, {t.load(start)}")
                 slow_enough = t.op(f"icmp uge i64 {duration}, {spec.threshold}")
@@ -422,8 +422,8 @@ class Module:
             t.store(t.op(f"add i64 {t.load(hits)}, 1"), hits)
         if not spec.timed or spec.tail:
             return
-        start = t.pointer(t.op(f"add i64 {position}, {shadow + lay.plane}"))
-        acc = t.pointer(t.op(f"add i64 {position}, {shadow + 2 * lay.plane}"))
+        start = t.pointer(t.op(f"add i64 {position}, {shadow + 2 * lay.plane}"))
+        acc = t.pointer(t.op(f"add i64 {position}, {shadow + 3 * lay.plane}"))
         if not spec.exit:
             t.store(clock(), start)
             t.store(ctx.load(C_ACC), acc)

@@ -23,22 +23,24 @@ With return hook, always armed by a jump (architecture D9, balanced):
 
     [rsp] = parent
         mov  [rsp-8], r11
-        mov  r11, [rsp]
-        cmp  dword [r11+3], MAGIC ; is the caller's return address a hook? then this is a tail call
-        je   tail
         mov  r11, rsp             ; is this stack mirrored?
         shr  r11, log2(size)
         cmp  r11, low >> log2(size)
         jne  plain
+        movabs r11, off + size
+        mov  r11d, [rsp+r11]      ; second plane: the hook that was put into this return slot last
+        cmp  r11d, [rsp]
+        je   tail                 ; it is still there: we were tail-called by a hooked function
         movabs r11, off - 8
         pop  [rsp+r11]            ; the return address moves to its shadow slot
+        movabs r11, off + size - 8
+        mov  dword [rsp+r11], low half of hook
         lea  rsp, [rsp-16]        ; [rsp] = r11
         call entry program ...
         pop  r11
         lea  rsp, [rsp+8]
         call body                 ; pushes into the very slot that was popped: stack arguments have not moved
     hook:
-        nop  [rax+MAGIC]          ; 0f 1f 80 imm32: says "I am a hook" to whoever is tail-called
         push rax                  ; programs at an exit find the return value above the saved r11
         push r11
         call exit program ...
@@ -62,6 +64,9 @@ With return hook, always armed by a jump (architecture D9, balanced):
         mov  rdi, rax
         movabs r11, _Unwind_Resume
         call r11
+
+The return address on the stack is never dereferenced: a coroutine's first frame may hold anything there. Half an
+address is compared; should a caller's address ever agree with a stale hook by chance, one exit event is missing.
 """
 
 from __future__ import annotations
@@ -75,15 +80,13 @@ import numpy as np
 from fentry.arch import ReturnPlane, SlotLayout, SlotPlan, SlotShape, UnwindInfo
 from fentry.errors import EngineBug, OutOfReach, Unsupported
 
-#: displacement of the long nop that begins every hook: "fnt" and a byte that no call site has by chance
-MAGIC = 0x0C746E66
-
-_IS_TAIL = bytes.fromhex("4c8b1c24 41817b03") + struct.pack("<I", MAGIC)  # mov r11,[rsp]; cmp dword [r11+3],MAGIC
 _JE = b"\x0f\x84"
 _JNE = b"\x0f\x85"
 _POP_SHADOW = bytes.fromhex("428f041c")  # pop qword [rsp+r11]
 _PUSH_SHADOW = bytes.fromhex("42ff341c")  # push qword [rsp+r11]
-_HOOK_NOP = bytes.fromhex("0f1f80") + struct.pack("<I", MAGIC)
+_LOAD_HOOK = bytes.fromhex("468b1c1c")  # mov r11d, [rsp+r11]
+_SAME_HOOK = bytes.fromhex("443b1c24")  # cmp r11d, [rsp]
+_STORE_HOOK = bytes.fromhex("42c7041c")  # mov dword [rsp+r11], imm32
 _RDI_RAX = bytes.fromhex("4889c7")
 
 #: forms whose site is a jump even without a return hook
@@ -98,8 +101,9 @@ def _rel(opcode: bytes, at: int, to: int) -> bytes:
     return opcode + struct.pack("<i", disp)
 
 
-def _align(n: int) -> int:
-    return (n + 31) & -32
+def _movabs(value: int) -> bytes:
+    """Movabs r11, value."""
+    return b"\x49\xbb" + struct.pack("<Q", value & (1 << 64) - 1)
 
 
 _SAVE = bytes.fromhex("4c895c24f8")  # mov [rsp-8], r11
@@ -128,11 +132,11 @@ def slot_layout(shape: SlotShape) -> SlotLayout:
     def calls(at: int, count: int) -> tuple[int, ...]:
         return tuple(at + 5 * (i + 1) for i in range(count))
 
-    at = len(_SAVE) + len(_IS_TAIL) + 6 + _WINDOW + 6 + _OFF + 4 + len(_DOWN16)
+    at = len(_SAVE) + _WINDOW + 6 + _OFF + 4 + 4 + 6 + _OFF + 4 + _OFF + 8 + len(_DOWN16)
     entry = calls(at, e)
     call = at + 5 * e + len(_POP) + len(_UP8)
     hook = call + 5
-    at = hook + len(_HOOK_NOP) + 1 + len(_PUSH)
+    at = hook + 1 + len(_PUSH)
     exits = calls(at, x)
     at += 5 * x + len(_UP16) + _OFF + 4 + len(_RELOAD) + 1
     tails = calls(at + len(_DOWN8), e)
@@ -158,7 +162,7 @@ def slot_layout(shape: SlotShape) -> SlotLayout:
 def _tail_at(shape: SlotShape) -> int:
     """Offset of the code for tail calls."""
     layout = slot_layout(shape)
-    return layout.hook + len(_HOOK_NOP) + 3 + 5 * shape.exit + len(_UP16) + _OFF + 4 + len(_RELOAD) + 1
+    return layout.hook + 3 + 5 * shape.exit + len(_UP16) + _OFF + 4 + len(_RELOAD) + 1
 
 
 def slot(plan: SlotPlan) -> bytes:
@@ -191,21 +195,24 @@ def slot(plan: SlotPlan) -> bytes:
     plane = plan.plane
     if plane is None or plane.size & (plane.size - 1) or plane.low % plane.size or plane.low // plane.size > 127:
         raise EngineBug("a return plane mirrors a naturally aligned power-of-two window of stacks")
-    load_off = b"\x49\xbb" + struct.pack("<Q", (plane.off - 8) & (1 << 64) - 1)  # movabs r11, off-8
+    load_off = _movabs(plane.off - 8)
     aside = len(_DOWN8) + 5 * shape.entry + len(_POP) + 5
     tail = _tail_at(shape)
-    out += _SAVE + _IS_TAIL
-    jump(_JE, plan.at + tail)
+    out += _SAVE
     out += bytes.fromhex("4989e3")  # mov r11,rsp
     out += bytes.fromhex("49c1eb") + bytes([plane.size.bit_length() - 1])  # shr r11, n
     out += bytes.fromhex("4983fb") + bytes([plane.low // plane.size])  # cmp r11, window
     jump(_JNE, plan.at + tail + aside)
-    out += load_off + _POP_SHADOW + _DOWN16
+    out += _movabs(plane.off + plane.size) + _LOAD_HOOK + _SAME_HOOK
+    jump(_JE, plan.at + tail)
+    out += load_off + _POP_SHADOW
+    out += _movabs(plane.off + plane.size - 8) + _STORE_HOOK
+    out += struct.pack("<I", (plan.at + layout.hook) & 0xFFFFFFFF) + _DOWN16
     calls(plan.entry)
     out += _POP + _UP8
     jump(b"\xe8", plan.body)
     reached("hook", layout.hook)
-    out += _HOOK_NOP + b"\x50" + _PUSH
+    out += b"\x50" + _PUSH
     calls(plan.exit)
     out += _UP16 + load_off + _PUSH_SHADOW + _RELOAD + b"\xc3"
     reached("tail", tail)
@@ -219,7 +226,7 @@ def slot(plan: SlotPlan) -> bytes:
         out += _DOWN16
         calls(plan.unwound)
         out += _UP16 + load_off + _PUSH_SHADOW + bytes.fromhex("4883ec08") + _RDI_RAX
-        out += b"\x49\xbb" + struct.pack("<Q", plan.resume_unwind) + bytes.fromhex("41ffd3")
+        out += _movabs(plan.resume_unwind) + bytes.fromhex("41ffd3")
     if len(out) > layout.stride:
         raise EngineBug(f"slot of {len(out)} bytes is larger than its stride {layout.stride}")
     return bytes(out).ljust(layout.stride, b"\xcc")
@@ -297,10 +304,10 @@ def frame_info(shape: SlotShape, slots: Sequence[int], at: int, unwind: UnwindIn
     # rows: what the stack looks like from each of these offsets on
     tail = _tail_at(shape)
     entered = layout.call - len(_POP) - len(_UP8) - 5 * shape.entry
-    pushing = layout.hook + len(_HOOK_NOP)
+    pushing = layout.hook
     popping = layout.exit_marks[-1]
     rows = [
-        (entered - len(_DOWN16), _in_frame(plane.off, 0)),
+        (entered - len(_DOWN16) - _OFF - 8, _in_frame(plane.off, 0)),
         (entered, _in_frame(plane.off, 16)),
         (layout.call - len(_UP8), _in_frame(plane.off, 8)),
         (layout.call, _in_frame(plane.off, 0)),
