@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 
 from fentry.image import Image
-from tests.image.binutils import disassembly, sections, symbols
+from tests.image.binutils import PREFIX, disassembly, output, sections, symbols
 from tests.image.conftest import KINDS, LINKABLE, NAMES
 
 #: flags and (N, M) of -fpatchable-function-entry
@@ -125,8 +126,6 @@ def test_patchable_entries_of_another_machine(compiled, tmp_path, tool):
     out = tmp_path / "other.o"
     text = tmp_path / "other.c"
     text.write_text("int f(int x) { return x + 1; } int g(int x) { return f(x) * 3; }")
-    import subprocess
-
     flags = ["--target=aarch64-linux-gnu", "-O2", "-mbranch-protection=bti", "-fpatchable-function-entry=4,2"]
     subprocess.run([tool("clang"), *flags, "-c", text, "-o", out], check=True, timeout=60)
     found = hints_by_name(out)
@@ -166,7 +165,7 @@ def test_mcount_calls(compiled, compiler, flags, kind, level):
     assert set(found) >= NAMES
     if "mnop" in flags:
         expected = {name: (0, "nop") for name, lines in listing.items() if lines[0][1].startswith("nopl")}
-        assert {name: expected.get(name) for name in NAMES} == {name: (0, "nop") for name in NAMES}
+        assert {name: expected.get(name) for name in NAMES} == dict.fromkeys(NAMES, (0, "nop"))
     else:
         expected = calls_in(listing)
     assert {name: (offset, hint.kind) for name, (offset, hint) in found.items()} == expected
@@ -203,15 +202,13 @@ def test_plain_builds_have_no_sleds(compiled, compiler, kind):
 
 def test_call_targets(compiled):
     """The function, its PLT entry and its GOT slot, as readelf and objdump name them."""
-    from tests.image.binutils import output
-
     for compiler, kind in (("clang", "pie"), ("gcc", "pie"), ("riscv", "shared")):
         path = compiled(compiler, kind, "-O2", "-pg")
         targets = Image.open(str(path)).call_targets("mcount", "_mcount")
         slots = {
             int(at, 16)
             for at in re.findall(
-                r"^([0-9a-f]+)\s.*(?:JUMP_SLO|GLOB_DAT).* _?mcount@", output("readelf", "-rW", path), re.M
+                r"^([0-9a-f]+)\s.*(?:JUMP_SLO|GLOB_DAT).* _?mcount@", output("readelf", "-rW", path), re.MULTILINE
             )
         }
         stubs = {
@@ -227,8 +224,6 @@ def test_call_targets(compiled):
 
 def test_stripped_programs_keep_their_records(compiled, tmp_path, tool):
     """strip leaves the records and the unwind tables: the same sites under made-up names."""
-    import subprocess
-
     for flags in (["-fpatchable-function-entry=16,11"], ["-pg", "-mfentry"]):
         path = compiled("gcc", "pie", "-O2", *flags)
         bare = tmp_path / "bare"
@@ -236,17 +231,23 @@ def test_stripped_programs_keep_their_records(compiled, tmp_path, tool):
         assert Image.open(str(bare)).sleds() == Image.open(str(path)).sleds()
 
 
-def test_records_alone_make_functions(compiled, tmp_path, tool):
-    """No symbols and no unwind tables: every record still tells of a function."""
-    import subprocess
+@pytest.mark.parametrize(
+    ("compiler", "kind", "flags"),
+    [
+        ("riscv", "static", ["-fpatchable-function-entry=4"]),
+        ("clang", "pie", ["-fpatchable-function-entry=5", "-fcf-protection=full"]),
+        ("riscv", "shared", ["-fpatchable-function-entry=8,4"]),
+    ],
+)
+def test_records_alone_make_functions(compiled, tmp_path, tool, compiler, kind, flags):
+    """No symbols and no unwind tables: every record still tells of a function.
 
-    path = compiled("riscv", "static", "-O2", "-fpatchable-function-entry=4")
+    In the library some functions are exported, which tells how far behind the record a label lies.
+    """
+    path = compiled(compiler, kind, "-O2", *flags)
     bare = tmp_path / "bare"
-    subprocess.run(
-        [tool("riscv64-linux-gnu-objcopy"), "-S", "-R", ".eh_frame", "-R", ".eh_frame_hdr", path, bare],
-        check=True,
-        timeout=60,
-    )
+    drop = ["-S", "-R", ".eh_frame", "-R", ".eh_frame_hdr"]
+    subprocess.run([tool(f"{PREFIX[compiler]}objcopy"), *drop, path, bare], check=True, timeout=60)
     whole, rest = Image.open(str(path)), Image.open(str(bare))
-    assert rest.sleds() == whole.sleds()
-    assert {f.source for f in rest.functions()} == {"patchable"}
+    assert rest.sleds() == whole.sleds() != {}
+    assert "patchable" in {f.source for f in rest.functions()}

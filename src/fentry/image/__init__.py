@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from fentry.errors import BadImage
 from fentry.image import debugfile, functions, index, sled, unwind
 from fentry.image.debugfile import DEBUG_DIRS
@@ -42,6 +44,7 @@ from fentry.image.elf import (
     Segment,
     Source,
     SymbolTable,
+    Table,
 )
 from fentry.image.functions import Function
 from fentry.image.isa import ISAS
@@ -198,11 +201,28 @@ class Image:
         if not self.sections:
             frames = self._without_stubs(frames)
         found = functions.build(self._tables, frames, code, sorted(stubs))
-        starts = [function.address for function in found.functions]
-        strays = [record for record, label in self._patchable(starts) if label is None]
-        return functions.FunctionList(functions.add_patchable(found.functions, strays, code), found.ambiguous)
+        return functions.FunctionList(self._with_patchable(found.functions), found.ambiguous)
 
-    def _without_stubs(self, frames: list[unwind.FrameRange]) -> list[unwind.FrameRange]:
+    def _with_patchable(self, known: list[Function]) -> list[Function]:
+        """Add functions that only patchable entries tell of.
+
+        Their label is as far behind the first nop as in the functions that are known, if those agree;
+        else at the first nop, or at the landing pad right in front of it.
+        """
+        isa, entries = ISAS.get(self.machine), self._patchable([function.address for function in known])
+        strays = [record for record, label in entries if label is None]
+        if isa is None or not strays:
+            return known
+        usual = {max(label - record, 0) for record, label in entries if label is not None}
+        before = usual.pop() if len(usual) == 1 else 0
+        pads = {size for _, _, size in isa.pads} if not before else set[int]()
+        labels = []
+        for record in strays:
+            pad = next((size for size in pads if isa.pad(self._code.at(record - size, size)) == size), 0)
+            labels.append(record + before - pad)
+        return functions.add_patchable(known, labels, self._elf.code)
+
+    def _without_stubs(self, frames: unwind.Frames) -> unwind.Frames:
         """Drop PLT stubs where no section says which they are: what begins with a jump through a linked slot."""
         isa, elf = ISAS.get(self.machine), self._elf
         if isa is None:
@@ -210,14 +230,13 @@ class Image:
         slots = {offset for table in elf.relocations for offset in table.offset[table.symbol != 0].tolist()}
         # the first entry of a lazy PLT jumps through the third word, after a push of the second
         slots.add(elf.tag(DT_PLTGOT) + 2 * self.bits // 8)
-        kept = []
-        for frame in frames:
-            code = self._code.at(frame.start, 24)
+        keep = np.ones(len(frames.start), bool)
+        for row, start in enumerate(frames.start.tolist()):
+            code = self._code.at(start, 24)
             first = isa.pad(code)
-            jumps = {isa.stub_slot(code[at : at + 8], frame.start + at) for at in range(first, first + 8, isa.step)}
-            if jumps.isdisjoint(slots):
-                kept.append(frame)
-        return kept
+            jumps = {isa.stub_slot(code[at : at + 8], start + at) for at in range(first, first + 8, isa.step)}
+            keep[row] = jumps.isdisjoint(slots)
+        return frames.take(keep)
 
     def functions(self) -> list[Function]:
         """All functions, sorted by address, one per address; PLT stubs are not functions.
@@ -232,13 +251,10 @@ class Image:
         return [function.address for function in self._index.functions]
 
     @cached_property
-    def _reach(self) -> list[int]:
+    def _reach(self) -> Table:
         """For each function, the highest end of it and all before it."""
-        out, reach = [], 0
-        for function in self._index.functions:
-            reach = max(reach, function.address + function.size)
-            out.append(reach)
-        return out
+        ends = (function.address + function.size for function in self._index.functions)
+        return np.maximum.accumulate(np.fromiter(ends, np.uint64))
 
     @cached_property
     def _by_name(self) -> dict[str, Function]:
@@ -270,7 +286,7 @@ class Image:
             for row in table.rows_named(name).tolist():
                 if int(table.section[row]) == SHN_UNDEF or int(table.kind[row]) in (STT_SECTION, STT_FILE, STT_TLS):
                     continue
-                hidden, local = bool(table.hidden[row]), int(table.bind[row]) != STB_GLOBAL
+                hidden, local = table.is_old(row), int(table.bind[row]) != STB_GLOBAL
                 rank = (hidden, local, place, int(table.value[row]))
                 best = rank if best is None else min(best, rank)
         return best[3] if best is not None else None

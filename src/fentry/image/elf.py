@@ -166,25 +166,42 @@ class SymbolTable:
     hidden: Table  #: bool: not the default version of its name
     strings: bytes
 
-    def names(self, which: Table) -> list[str]:
-        """Names of the given rows, without version suffix; "" where the file gives none.
+    def names(self, which: Table) -> tuple[list[str], Table]:
+        """(names, old) of the given rows.
 
-        Unprintable characters come out escaped, so that a name can be shown on a terminal.
-        Overlapping strings can make a small file name gigabytes: the work is limited to four
-        times the string table, and what comes after has no name.
+        Names come without version suffix, and "" where the file gives none; `old` tells which are not the
+        default version of their name. Unprintable characters come out escaped, so that a name can be shown
+        on a terminal. Overlapping strings can make a small file name gigabytes: the work is limited to
+        four times the string table, and what comes after has no name.
         """
-        strings, known = self.strings, {0: ""}
+        strings, known, outdated = self.strings, {0: ""}, set[int]()
         left = 4 * len(strings) + MAX_NAME
         out = []
-        for at in self.names_at[which].tolist():
+        offsets = self.names_at[which].tolist()
+        for at in offsets:
             name = known.get(at)
             if name is None:
                 end = strings.find(b"\0", at, at + MAX_NAME) if left > 0 else -1
                 left -= end - at if end >= 0 else MAX_NAME
                 name = _printable(strings[at:end]) if end >= 0 else ""
                 known[at] = name
+                if self._old(at, end):
+                    outdated.add(at)
             out.append(name)
-        return out
+        old = self.hidden[which]
+        if outdated:
+            old = old | np.isin(self.names_at[which], np.array(sorted(outdated), np.uint32))
+        return out, old
+
+    def _old(self, at: int, end: int) -> bool:
+        """Whether the string is f@VERSION; f@@VERSION is the default. Only full tables write it so."""
+        mark = self.strings.find(b"@", at, end) if end > at else -1
+        return mark > at and self.strings[mark : mark + 2] != b"@@"
+
+    def is_old(self, row: int) -> bool:
+        """Whether a row is not the default version of its name."""
+        at = int(self.names_at[row])
+        return bool(self.hidden[row]) or self._old(at, self.strings.find(b"\0", at, at + MAX_NAME))
 
     def rows_named(self, name: str) -> Table:
         """Indices of the rows called `name`, with any version."""
@@ -524,7 +541,7 @@ class Elf:
 
     def _symbols(self, source: str, rows: Table, strings: bytes, section: Section | None) -> SymbolTable:
         homes = rows["st_shndx"].astype(np.uint32)
-        value = rows["st_value"].astype(np.uint64)
+        value = rows["st_value"].astype(np.uint64, copy=self.type == ET_REL)
         hidden = np.zeros(len(rows), bool)
         if source == "dynsym":
             hidden = self._hidden_versions(len(rows))
@@ -542,9 +559,9 @@ class Elf:
         info = rows["st_info"]
         return SymbolTable(
             source=source,
-            names_at=rows["st_name"].astype(np.uint32),
+            names_at=rows["st_name"].astype(np.uint32, copy=False),
             value=value,
-            size=rows["st_size"].astype(np.uint64),
+            size=rows["st_size"].astype(np.uint64, copy=False),
             kind=info & 15,
             bind=info >> 4,
             section=homes,
