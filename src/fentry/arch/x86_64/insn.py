@@ -15,6 +15,8 @@ bytes. A suspect that lies on such a chain counts as a branch; in doubt (undecod
 Jump tables: every address that an instruction takes relative to rip, and every absolute table operand, is looked at as
 the base of a table of 4-byte offsets or 8-byte addresses, for as long as its entries lie in the text.
 
+A third question is whether a slot may use its scratch register there: see ``scratch``.
+
 What is not seen: code that is made at run time and branches into the middle of a prologue, and tables whose base is
 computed by arithmetic. No compiler emits either for the first five bytes of a function.
 """
@@ -34,6 +36,7 @@ from iced_x86 import Code, Decoder, FlowControl, Formatter, FormatterSyntax, Ins
 
 from fentry.arch import Refusal, Sled
 from fentry.arch.x86_64 import facts
+from fentry.arch.x86_64.scratch import ScratchUse
 from fentry.errors import TraceError
 
 _NEXT = FlowControl.NEXT
@@ -65,6 +68,8 @@ BRANCH: Final = Refusal("branch into the window")
 LOOP: Final = Refusal("loop back to the entry")
 TABLE: Final = Refusal("jump table leads into the window")
 TAKEN: Final = Refusal("address inside the window is taken")
+ARGUMENT: Final = Refusal("takes an argument in r11")
+KEPT: Final = Refusal("a caller keeps a value in r11 across the call")
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,10 +366,12 @@ def plan_entries(
     planned = np.array(sorted({start for start in starts if start >= 0}), np.int64)
     if not len(planned):
         return plans
-    known = np.array(sorted({a - at for a, _, _ in functions if 0 <= a - at < len(text)}), np.int64)
     ends: dict[int, int] = {}
     for address, size, _ in functions:
-        ends[address - at] = max(ends.get(address - at, 0), address - at + size)
+        begin = address - at
+        if 0 <= begin < len(text):
+            ends[begin] = max(ends.get(begin, begin), min(begin + size, len(text)))
+    known = np.array(sorted(ends), np.int64)
     refused = _arrivals(reader, planned, known, ends, read)
     return [refused.get(start, plan) for start, plan in zip(starts, plans, strict=True)]
 
@@ -404,12 +411,20 @@ def _arrivals(
         refuse(start, ENTRY_INSIDE)
 
     starts = known.tolist()
-    bases = []
+    is_known = np.zeros(len(text), bool)
+    is_known[known] = True
+    bases, calls, jumps = [], [], []
     for kind, source, target in _candidates(text):
         if kind == _ADDRESSES and read is not None:
             bases.append(target)
         within = (target >= 0) & (target < len(text))
         source, target = source[within], target[within]
+        if kind == _CALLS:
+            direct = is_known[target]
+            calls.append((source[direct], target[direct]))
+        elif kind == _JUMPS:
+            far = np.abs(target - source) > 128  # between a function and its cold part
+            jumps.append((source[far], target[far]))
         for i in np.flatnonzero(inside[target]).tolist():
             pos, to = int(source[i]), int(target[i])
             window = window_of(to)
@@ -430,7 +445,17 @@ def _arrivals(
         for target in _table_entries(reader, text, bases, read):
             for entry in target[inside[target]].tolist():
                 refuse(entry, TABLE)
+    scratch = ScratchUse(reader.text, starts, ends, _joined(calls), _joined(jumps))
+    for offsets, why in ((scratch.inputs, ARGUMENT), (scratch.kept, KEPT)):
+        for begin in offsets:
+            refused.setdefault(begin + landing_pad(reader.text[begin : begin + 4]), why)
     return refused
+
+
+def _joined(parts: list[tuple[_Array, _Array]]) -> tuple[_Array, _Array]:
+    """Join (source, target) pairs of arrays."""
+    none = np.empty(0, np.int64)
+    return np.concatenate([none, *(p[0] for p in parts)]), np.concatenate([none, *(p[1] for p in parts)])
 
 
 def _known_start(starts: list[int], pos: int) -> int | None:
@@ -456,13 +481,14 @@ def _table_entries(
     def fetch(address: int, count: int) -> bytes:
         """Read what there is of `count` bytes: images and targets refuse a range that is not there to its end."""
         try:
-            return read(address, count)
+            data = read(address, count)
         except TraceError:
-            half = count // 2
-            if half < 4:
-                return b""
-            left = fetch(address, half)
-            return left + fetch(address + half, count - half) if len(left) == half else left
+            data = b""
+        half = count // 2
+        if len(data) == count or half < 4:
+            return data
+        left = fetch(address, half)
+        return left + fetch(address + half, count - half) if len(left) == half else left
 
     def run(base: int, width: int, stop: int) -> Iterator[_Array]:
         """Follow a table from `base` (an offset from `at`) to `stop`, while its entries lie in the text."""
