@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +252,7 @@ class Session:
         self._op = op
         sites = self.choose()
         if op.exit is not None:
+            sites = self.sites = self._catchable(sites)
             busy = self._unwinder_sites()
             taken = {s.at for s in busy.values()}
             sites = self.sites = [s for s in sites if s.at not in taken]
@@ -274,6 +275,15 @@ class Session:
         self._begun = time.monotonic()
         self.target.resume()
 
+    def _catchable(self, sites: list[Site]) -> list[Site]:
+        """Keep returns alone where an exception could not pass a hooked frame."""
+        main = next((taken for m, taken in self.censuses.values() if m.main), None)
+        if self.engine.arch.unwinds or main is None or not main.image.symbol("__gxx_personality_v0"):
+            return sites
+        why = f"exceptions cannot pass a return hook on {self.engine.arch.name} yet"
+        self.outcome.notes.append(f"entries only: {why}")
+        return [replace(s, verdict=replace(s.verdict, returns=False, returns_reason=why)) for s in sites]
+
     def _abandon(self) -> None:
         """Undo a start that failed half way."""
         with contextlib.suppress(Gone):
@@ -291,6 +301,8 @@ class Session:
         self._epoch = [self._moment()]
         self._writer = Writer(self.directory, self._meta({}))
         self._writer.write_symbols(self._functions())
+        if self.target.sliced:
+            return
         self._drainer = Drainer(self.engine.region, self._sink)
         self._drainer.start()
 
@@ -353,10 +365,35 @@ class Session:
     # -- waiting and ending ---------------------------------------------------------------------------------
     def wait(self, timeout: float | None = None) -> Stop | None:
         """Wait until the target ends, or `timeout` seconds; gives its end, or None."""
-        stop: Stop | None = self.target.wait(timeout)  # type: ignore[attr-defined]  # every target that runs programs has it
+        if self.target.sliced:
+            stop = self._run(timeout)
+        else:
+            stop = self.target.wait(timeout)  # type: ignore[attr-defined]  # every target that runs programs has it
         if stop is not None:
             self.outcome.stop = stop
         return stop
+
+    def _run(self, timeout: float | None) -> Stop | None:
+        """Run a sliced target, draining between slices: the same program gives the same trace, byte for byte."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def between() -> None:
+            self._drain()
+            if deadline is not None and time.monotonic() >= deadline:
+                self.target.stop()
+
+        self.target.resume()
+        # a slice records at most a quarter of a ring: an event takes 40 instructions and writes two records
+        slice_size = min(1_000_000, 40 * self.plan.ring_size // 32 // 4)
+        stop: Stop = self.target.wait(on_slice=between, every=slice_size)  # type: ignore[attr-defined]
+        if stop.kind == "stopped":
+            return None
+        return stop
+
+    def _drain(self) -> None:
+        region = self.engine.region
+        if self._writer is not None and region is not None:
+            region.drain(self._sink)
 
     def finish(self) -> Outcome:
         """Detach (if the target still runs), drain what is left, close the trace. Idempotent.
@@ -380,6 +417,10 @@ class Session:
         try:
             if self._drainer is not None:
                 self._drainer.stop()
+            elif self.engine.policy is Policy.OVERWRITE and self._writer is not None and self.engine.region is not None:
+                self.engine.region.snapshot(self._sink)
+            else:
+                self._drain()
         finally:
             if self.engine.region is not None:
                 outcome.lost = self.engine.region.lost
