@@ -1,0 +1,1 @@
+"""Tests of exporters: exact transcripts, and readers of the formats."""
