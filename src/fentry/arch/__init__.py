@@ -179,6 +179,7 @@ class Arch(ABC):
     insn_align: int  #: instructions start at multiples of this
     jump_reach: int  #: how far a patched site may lie from its slot
     dialect: Dialect
+    unwinds: bool = False  #: exceptions can pass hooked frames: there is frame information and a landing pad
 
     # -- rung 1 -----------------------------------------------------------------------------------
     @abstractmethod

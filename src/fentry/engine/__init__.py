@@ -77,7 +77,7 @@ class Engine:
     ) -> None:
         self.target = target
         self.arch: Arch = load(target.arch)
-        self.clock_at = int(getattr(target, "clock_at", 0) or 0)
+        self.clock_at = target.clock_at
         self.clock = clock or ("icount" if self.clock_at else "tsc")
         if self.clock == "icount" and not self.clock_at:
             raise CannotHere(f"a {target.kind} target has no instruction counter", hint="use --clock tsc or order")
@@ -209,7 +209,7 @@ class Engine:
             plane=plane_step,
             counters=counters,
             sites=self._row_room,
-            system_calls=target.kind == "process" if not hasattr(target, "system_calls") else target.system_calls,
+            system_calls=target.system_calls,
         )
 
     def _note(self, at: int, size: int) -> None:
@@ -279,7 +279,7 @@ class Engine:
         wanted = [(a.site, a.ops) for a in dirty if a.ops]
         plans = [self._plan(cluster) for cluster in self._clusters(wanted)]
         returning = any(t.hooked for tables, _, _ in plans for t in tables)
-        lookups = self._lookups() if returning else []
+        lookups = self._lookups() if returning and self.arch.unwinds else []
         with self._halted():
             spots = [self._map_code(size, near) for _, size, near in plans]
             lookup_spots = [self._map_code(_LOOKUP_ROOM, site.at) for _, site in lookups]
@@ -350,6 +350,7 @@ class Engine:
         at = allocator.map(size, "r-x", near=near, reach=reach)
         self._journal.meta.code.append((at, size))
         self._note(at, size)
+        self.target.set_arena(*((start, start + length) for start, length in self._journal.meta.code))
         return at
 
     def _build(self, tables: list[SlotTable], at: int, size: int) -> Island:

@@ -117,6 +117,9 @@ class Target(ABC):
     kind: str  #: "process", "unicorn", ...
     pid: int  #: process id, or 0
     page: int = 4096
+    sliced: bool = False  #: runs only inside wait(on_slice=...): rings are drained between slices, not beside it
+    system_calls: bool = False  #: code that the tracer puts there may make (native) system calls
+    clock_at: int = 0  #: address of a u64 that holds the target's virtual time, or 0
 
     allocator: Allocator | None = None
     shared: Shared | None = None
@@ -154,6 +157,9 @@ class Target(ABC):
     def touched(self, start: int, end: int) -> list[tuple[int, int]]:
         """Page ranges inside [start, end) that were ever written; a target that cannot tell gives all of it."""
         return [(start, end)] if start < end else []
+
+    def set_arena(self, *ranges: tuple[int, int]) -> None:
+        """Tell which [start, end) ranges hold the tracer's code; a target with a virtual clock keeps it apart."""
 
     @abstractmethod
     def close(self) -> None:

@@ -56,6 +56,7 @@ class ProcessTarget(Target):
     """
 
     kind = "process"
+    system_calls = True
     allocator: ProcessAllocator
     shared: ProcessShared
     stepper: ProcessTarget

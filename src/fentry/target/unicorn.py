@@ -61,6 +61,7 @@ class UnicornTarget(Target):
 
     kind = "unicorn"
     pid = 0
+    sliced = True
 
     def __init__(self, machine: Machine) -> None:
         self.arch = machine.name
