@@ -98,10 +98,6 @@ class Asked:
         """Give the plan."""
         from fentry.tracers.session import Plan
 
-    _ParamType = click.ParamType[int]
-else:
-    _ParamType = click.ParamType  # generic since click 8.2 only
-
         return Plan(**self.plan, **more)
 
 

@@ -78,8 +78,7 @@ def failed(error: OSError) -> CannotHere:
 
 def write_rows(rows: Iterable[Mapping[str, Any]], out: TextIO) -> None:
     """Write rows as JSON, one object a line: what jq, DuckDB, polars and pandas read."""
-    for row in rows:
-        out.write(json.dumps(row) + "\n")
+    out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def size(nbytes: int) -> str:
