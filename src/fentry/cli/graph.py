@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 #: lines printed unless told otherwise
 LINES = 10_000
-#: bytes recorded before tracing ends, where the number of lines is limited: 16 million records
-ENOUGH = 256 << 20
+#: records after which tracing ends, where the number of lines is limited: 256 MiB
+ENOUGH = 1 << 24
 
 
 @click.command(context_settings=options.PROGRAM_SETTINGS)
@@ -65,7 +65,7 @@ def _trace(asked: options.Asked, directory: Path, *, limited: bool) -> traced.Ru
             traced.traced(asked, directory=directory, tracer="function_graph") as run,
         ):
             session = run.session
-            traced.wait(run, asked, signals, enough=lambda: limited and session.recorded > ENOUGH)
+            traced.wait(run, asked, signals, enough=lambda: limited and session.records > ENOUGH)
     except TraceError as error:
         if asked.argv and (verb := near(asked.argv[0])) and traced.find(asked.argv[0]) == asked.argv[0]:
             error.hint = f"fentry {verb} --help, if that was meant"

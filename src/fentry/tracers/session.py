@@ -395,6 +395,21 @@ class Session:
         if self._writer is not None and region is not None:
             region.drain(self._sink)
 
+    @property
+    def failed(self) -> bool:
+        """The trace cannot be written any more, and recording is off; :meth:`finish` raises why."""
+        return self._drainer is not None and self._drainer.error is not None
+
+    @property
+    def records(self) -> int:
+        """How many records have been written so far."""
+        return self._writer.records if self._writer is not None else 0
+
+    def flush(self) -> None:
+        """Let what was drained so far be read by others. Raises CannotHere if the disk is full."""
+        if self._writer is not None and not self._finished:
+            self._writer.flush()
+
     def finish(self) -> Outcome:
         """Detach (if the target still runs), drain what is left, close the trace. Idempotent.
 
