@@ -41,6 +41,7 @@ class _X86(Arch):
     insn_align = facts.INSN_ALIGN
     jump_reach = facts.REACH
     dialect = DIALECT
+    facts = facts  #: the tables, for targets that want foreign names
     unwinds = True
 
     def length(self, code: bytes) -> int:
