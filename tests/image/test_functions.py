@@ -103,6 +103,23 @@ def test_functions_are_those_of_readelf(compiled, compiler, kind, level):
     assert all(f.size in sizes[f.address] for f in listed if f.sized and f.address in expected)
 
 
+@pytest.mark.parametrize("target", ["s390x-linux-gnu", "mips-linux-gnu", "i386-linux-gnu", "armv7-linux-gnueabi"])
+def test_other_byte_orders_and_widths(tmp_path, tool, target):
+    """Machines whose code fentry knows nothing of still have functions."""
+    out, text = tmp_path / "other.o", tmp_path / "other.c"
+    text.write_text("static int v; int f(int x) { return x + v++; } int g(int x) { return f(x) * 3; }")
+    command = [tool("clang"), f"--target={target}", "-O2", "-c", text, "-o", out]
+    subprocess.run(command, check=True, timeout=60)
+    image = Image.open(str(out))
+    assert image.little == (target[0] in "ia")
+    assert image.bits == (64 if target[0] == "s" else 32)
+    assert {f.name: f.size for f in image.functions()} == {
+        name: size for _, size, kind, _, _, name in symbols(out) if kind == "FUNC"
+    }
+    assert {f.name for f in image.functions()} == {"f", "g"}
+    assert image.sleds() == {}
+
+
 def test_aliases_and_objects(compiled):
     path = compiled("gcc", "pie", "-O2")
     image = Image.open(str(path))

@@ -121,17 +121,27 @@ def test_patchable_entries_with_lld(compiled, tool):
     check_patchable(compiled("clang", "pie", "-O2", "-fuse-ld=lld", "-fpatchable-function-entry=8,4"), "clang", "8,4")
 
 
-def test_patchable_entries_of_another_machine(compiled, tmp_path, tool):
-    """A machine with fixed-size instructions and its own landing pad, from clang alone."""
-    out = tmp_path / "other.o"
-    text = tmp_path / "other.c"
+@pytest.mark.parametrize(
+    ("target", "options", "flag", "site", "before"),
+    [
+        ("aarch64-linux-gnu", ["-mbranch-protection=bti"], "4,2", 4, 8),
+        ("i386-linux-gnu", ["-fcf-protection=full"], "5", 4, 0),
+        ("i386-linux-gnu", [], "16,11", 0, 11),
+        ("riscv32-unknown-elf", ["-march=rv32imac"], "4", 0, 0),
+        ("riscv32-unknown-elf", ["-march=rv32ima"], "4,2", 0, 8),
+    ],
+)
+def test_patchable_entries_of_other_machines(tmp_path, tool, target, options, flag, site, before):
+    """Objects of machines without a C library here, from clang alone: other widths, nops and landing pads."""
+    out, text = tmp_path / "other.o", tmp_path / "other.c"
     text.write_text("int f(int x) { return x + 1; } int g(int x) { return f(x) * 3; }")
-    flags = ["--target=aarch64-linux-gnu", "-O2", "-mbranch-protection=bti", "-fpatchable-function-entry=4,2"]
-    subprocess.run([tool("clang"), *flags, "-c", text, "-o", out], check=True, timeout=60)
+    command = [tool("clang"), f"--target={target}", "-O2", *options, f"-fpatchable-function-entry={flag}"]
+    subprocess.run([*command, "-c", text, "-o", out], check=True, timeout=60)
     found = hints_by_name(out)
+    expected = (site, "patchable", before)
     assert {name: (offset, hint.kind, hint.before) for name, (offset, hint) in found.items()} == {
-        "f": (4, "patchable", 8),
-        "g": (4, "patchable", 8),
+        "f": expected,
+        "g": expected,
     }
 
 

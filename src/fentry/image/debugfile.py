@@ -12,6 +12,7 @@ Source: GDB manual, 18.3 "Debugging Information in Separate Files" and 18.4 "Min
 from __future__ import annotations
 
 import lzma
+import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def candidates(elf: Elf, debug_dirs: Sequence[str]) -> list[tuple[str, int | Non
     link = _debuglink(elf)
     if link and debug_dirs:
         name, checksum = link
-        folder = Path(elf.path).absolute().parent
+        folder = Path(os.path.realpath(elf.path)).parent  # /proc/PID/exe is a link
         places += [(folder / name, checksum), (folder / ".debug" / name, checksum)]
         places += [(Path(root) / folder.relative_to("/") / name, checksum) for root in debug_dirs]
     return [(str(path), checksum) for path, checksum in places if path.is_file()]
