@@ -35,7 +35,7 @@ def with_extension(words: np.ndarray, which: int) -> np.ndarray:
     out = np.empty((2 * len(words), 2), dtype=np.uint64)
     out[::2] = words
     out[1::2, 0] = 0x7FFF_0000
-    out[1::2, 1] = np.uint64(which << 48)
+    out[1::2, 1] = np.uint64(which)
     return out
 
 

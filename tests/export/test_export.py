@@ -234,7 +234,9 @@ def test_parquet(both, tmp_path):
     assert events.column("ts").to_pylist() == sorted(e[1] for e in STORY + OTHER)
     assert pq.ParquetFile(tmp_path / "pq" / "events.parquet").metadata.num_row_groups == 3
     # joined by name and parent, the calls say what the trace's own table says
-    names = dict(zip(read["functions"].column("site").to_pylist(), read["functions"].column("name").to_pylist()))
+    names = dict(
+        zip(read["functions"].column("site").to_pylist(), read["functions"].column("name").to_pylist(), strict=True)
+    )
     want = calls(both).to_pylist()
     by_row = {(c["tid"], c["row"]): c for c in read["calls"].to_pylist()}
 
@@ -248,7 +250,7 @@ def test_parquet(both, tmp_path):
     # the one call inside a call that was open at the start gets its parent only when the whole trace is known
     expected = [(*e[:4], None) if e[:3] == ("leaf", 101, T0 + 1_600) else e for e in expected]
     assert sorted(got, key=str) == sorted(expected, key=str)
-    meta_rows = dict(zip(read["meta"].column("key").to_pylist(), read["meta"].column("value").to_pylist()))
+    meta_rows = dict(zip(read["meta"].column("key").to_pylist(), read["meta"].column("value").to_pylist(), strict=True))
     assert json.loads(meta_rows["clock"])["hz"] == 1e9
     assert read["threads"].column("comm").to_pylist() == ["prog", "worker"]
 

@@ -82,7 +82,7 @@ class Program:
 
     def event(self, ring: int, a: int, site: int, kind: Kind, stack: int = 0, **ext: int) -> bool:
         codes = {"parent": L.EXT_PARENT, "retval": L.EXT_RETVAL, "pos": L.EXT_POS, "duration": L.EXT_DURATION}
-        words = [(a, mark(site, kind, stack))] + [(value, codes[name] << 48) for name, value in ext.items()]
+        words = [(a, mark(site, kind, stack))] + [(value, codes[name]) for name, value in ext.items()]
         return self.write(ring, *words)
 
 

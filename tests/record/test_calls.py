@@ -174,9 +174,7 @@ def test_fast_is_exact_with_losses_and_a_late_start(seed, length, batch, rate, s
 
 
 @given(
-    st.lists(
-        st.tuples(st.integers(0, 2), st.sampled_from([0, 0, 0, 1, 1, 2, 3, 4]), st.integers(0, 2)), max_size=400
-    ),
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 0, 0, 1, 1, 2, 3, 4]), st.integers(0, 2)), max_size=400),
     st.integers(20, 400),
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

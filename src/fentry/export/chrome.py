@@ -22,6 +22,7 @@ import pyarrow as pa
 from fentry.errors import AskedWrong
 from fentry.export import Exporter, Header, clock_ns, optional
 from fentry.record.layout import Kind
+from fentry.record.meta import utf8
 from fentry.record.stack import Flag, Frame, Stack
 
 _ENTRY, _TAIL, _PLAIN = int(Kind.ENTRY), int(Kind.TAIL), int(Kind.PLAIN)
@@ -194,5 +195,4 @@ def _us(ns: int) -> str:
 
 
 def _text(name: str) -> str:
-    """A JSON string; lone surrogates, which are no text, are spelled out."""
-    return json.dumps(name.encode("utf-8", "backslashreplace").decode())
+    return json.dumps(utf8(name))

@@ -26,6 +26,7 @@ from fentry.errors import AskedWrong
 from fentry.export import Exporter, Header, by_thread
 from fentry.record import calls, event
 from fentry.record.calls import Matcher
+from fentry.record.meta import utf8
 
 SCHEMA_VERSION = 1
 ROW_GROUP = 1 << 20
@@ -138,5 +139,4 @@ class _Table:
 
 
 def _strings(values: list[str]) -> pa.Array:
-    """A column of text; lone surrogates, which are no text, are spelled out."""
-    return pa.array([value.encode("utf-8", "backslashreplace").decode() for value in values], pa.string())
+    return pa.array([utf8(value) for value in values], pa.string())

@@ -258,8 +258,8 @@ class Decoder:
             nested: of a ring with level > 0 (matters for clock ``order``).
             gaps: (record, events missing right before it), ascending.
         """
-        # shifted, so that one pass without a temporary mask tells that there are only whole records
-        if bool((words[:, 1] << np.uint64(16)).all()):
+        # the smallest word tells, in one pass without a temporary, that there are only whole records
+        if not len(words) or words[:, 1].min() >= layout.EXT_LIMIT:
             out = self._records(words)
             out.gaps = list(gaps)
             if not self.clock.timed and not nested:
@@ -299,7 +299,7 @@ class Decoder:
         return kept
 
     def _extended(self, words: U64, position: int, nested: bool, gaps: Sequence[tuple[int, int]]) -> Columns:
-        plain: Flags = (words[:, 1] & np.uint64(layout.MARK_MASK)) != 0
+        plain: Flags = words[:, 1] >= np.uint64(layout.EXT_LIMIT)
         # one extension behind every record is what the function tracer writes; slices are then enough
         paired = len(words) % 2 == 0 and bool(plain[::2].all()) and not plain[1::2].any()
         out = self._records(words[::2] if paired else words[plain])
@@ -312,14 +312,14 @@ class Decoder:
         else:
             owner = np.cumsum(plain) - 1  # of each word pair: the record that it is, or belongs to
             belongs, extensions = owner[~plain], words[~plain]
-        which, value = extensions[:, 1] >> np.uint64(48), extensions[:, 0]
+        which, value = extensions[:, 1], extensions[:, 0]
         known = (belongs >= 0) & (which >= layout.EXT_PARENT) & (which <= layout.EXT_DURATION)
         if not known.all():
             self.damaged += int(len(known) - known.sum())
             belongs, which, value = belongs[known], which[known], value[known]
         hit = (which == layout.EXT_PARENT) | (which == layout.EXT_RETVAL)
         if hit.any() and out.payload is None:
-            if paired and hit.all():
+            if paired and len(value) == count and hit.all():
                 out.payload = value.copy()
             else:
                 out.payload, out.has_payload = _scatter(count, belongs[hit], value[hit])
@@ -352,9 +352,8 @@ def whole_records(words: U64) -> int:
 
     Returns: the index of the last record that is no extension, or all if there is none near the end.
     """
-    mask = np.uint64(layout.MARK_MASK)
     for back in range(1, min(len(words), 8) + 1):
-        if words[-back, 1] & mask:
+        if words[-back, 1] >= layout.EXT_LIMIT:
             return len(words) - back
     return len(words)
 

@@ -26,11 +26,11 @@ A *record* is 16 bytes: ``(a, word)``.
   site, op and kind at once, see :class:`Table`. Bits 63..48 = bits 19..4 of the stack position of
   the frame's return address (0 where the op does not ask for it).
 * ``a`` = time stamp (clock ``tsc``, ``mono`` or ``icount``), or, for clock ``order``, the payload.
-* If bits 47..0 of ``word`` are 0 this is an *extension* of the record before it: ``a`` is a payload
-  and bits 63..48 say which: 1 = parent ip (function entry), 2 = return value (exit), 3 = position
-  ``pos`` of the parent ring when a nested record was written (clock ``order`` only), 4 = duration of
-  the call in clock units (exit of a call whose entry is not recorded, because the target itself decides
-  by the duration whether the call is worth an event).
+* If ``word`` is less than 16 this is an *extension* of the record before it: ``a`` is a payload
+  and ``word`` says which (a number that one instruction can load): 1 = parent ip (function entry),
+  2 = return value (exit), 3 = position ``pos`` of the parent ring when a nested record was written
+  (clock ``order`` only), 4 = duration of the call in clock units (exit of a call whose entry is not
+  recorded, because the target itself decides by the duration whether the call is worth an event).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ R_NRINGS, R_RING_SIZE, R_NEXT, R_BEAT, R_POLICY, R_OFF, R_LOST, R_DATA = 8, 16, 
 H_POS, H_LOST, H_LIMIT, H_TP, H_PID, H_TID, H_LEVEL, H_PARENT, H_STATE, H_TAIL = 0, 8, 16, 24, 32, 36, 40, 48, 56, 64
 
 MARK_MASK = (1 << 48) - 1
+EXT_LIMIT = 16  #: words below are extensions
 EXT_PARENT, EXT_RETVAL, EXT_POS, EXT_DURATION = 1, 2, 3, 4
 
 

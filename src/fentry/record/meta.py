@@ -238,6 +238,11 @@ class _Object:
         return out
 
 
+def utf8(name: str) -> str:
+    """Spell out lone surrogates (bytes of a name that are no text), which no file format of text takes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _pair(value: Any) -> tuple[int, int]:
     good = isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 <= n <= _U64 >> 1 for n in value)
     if not good:

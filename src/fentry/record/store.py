@@ -39,7 +39,7 @@ import pyarrow as pa
 from fentry.errors import AskedWrong, BadTrace, CannotHere
 from fentry.record import event, layout
 from fentry.record.event import U64, Columns, Decoder, Marks
-from fentry.record.meta import HEAD, Meta, ModuleInfo, Site, TargetInfo
+from fentry.record.meta import HEAD, Meta, ModuleInfo, Site, TargetInfo, utf8
 from fentry.record.ring import MAX_JUMP, MAX_LEVEL, RingInfo
 
 __all__ = ["Functions", "Meta", "ModuleInfo", "Site", "TargetInfo", "Thread", "Trace", "Writer"]
@@ -53,7 +53,7 @@ FLUSH = 1 << 20
 BATCH = 1 << 19
 #: A larger meta.json is not read: it would be a way to fill memory.
 MAX_META = 1 << 30
-_MASK = np.uint64(layout.MARK_MASK)
+_EXT_LIMIT = np.uint64(layout.EXT_LIMIT)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -100,11 +100,11 @@ class Writer:
             self._fd = os.open(fresh / "segments.bin", os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
             _replace(fresh / "meta.json", meta.to_json())
             self._move_in(fresh)
+        except AskedWrong:
+            self._abandon(fresh)
+            raise
         except OSError as error:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
-            shutil.rmtree(fresh, ignore_errors=True)
+            self._abandon(fresh)
             if error.errno in _FULL:
                 raise CannotHere(f"disk full: cannot begin a trace in {self.path}", hint="free some space") from None
             raise AskedWrong(
@@ -151,14 +151,14 @@ class Writer:
         address = np.concatenate([np.asarray(m.addresses, np.uint64) for m in modules] or [np.empty(0, np.uint64)])
         size = np.concatenate([np.asarray(m.sizes, np.uint64) for m in modules] or [np.empty(0, np.uint64)])
         which = np.repeat(np.arange(len(modules), dtype=np.int32), [len(m.names) for m in modules])
-        names = pa.array([name for m in modules for name in m.names], pa.string())
+        names = pa.array([utf8(name) for m in modules for name in m.names], pa.string())
         order = np.argsort(address, kind="stable")
         table = pa.table(
             {
                 "address": address[order],
                 "size": size[order],
                 "module": pa.DictionaryArray.from_arrays(
-                    which[order], pa.array([m.module for m in modules], pa.string())
+                    which[order], pa.array([utf8(m.module) for m in modules], pa.string())
                 ),
                 "name": names.take(pa.array(order)),
             }
@@ -200,6 +200,12 @@ class Writer:
             return self.path.is_dir() and (is_trace(self.path) or not any(self.path.iterdir()))
         except OSError as error:
             raise AskedWrong(f"cannot look at {self.path}: {error.strerror}") from None
+
+    def _abandon(self, fresh: Path) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        shutil.rmtree(fresh, ignore_errors=True)
 
     def _move_in(self, fresh: Path) -> None:
         if self.path.exists():
@@ -366,7 +372,7 @@ class Trace:
         """How many events there are (records that are not extensions), without decoding them."""
         if self._count < 0:
             self._count = sum(
-                int(np.count_nonzero(self._words(chunk)[:, 1] & _MASK))
+                int(np.count_nonzero(self._words(chunk)[:, 1] >= _EXT_LIMIT))
                 for thread in self.threads
                 for stream in thread._streams
                 for chunk in stream.chunks
@@ -453,9 +459,9 @@ class Trace:
             if timed:
                 keys = columns.ts
             elif nested:
-                place = np.zeros(len(columns), np.uint64) if columns.position is None else columns.position
-                # before what the parent ring holds at that position
-                keys = (np.maximum(place, np.uint64(near)) + np.uint64(base)) * np.uint64(2)
+                # before what the parent ring holds at that position; without one, where the drain found it
+                place = np.full(len(columns), near, np.uint64) if columns.position is None else columns.position
+                keys = (place + np.uint64(base)) * np.uint64(2)
             else:
                 assert columns.position is not None
                 keys = (columns.position + np.uint64(base)) * np.uint64(2) + np.uint64(1)
@@ -578,7 +584,7 @@ class Trace:
             columns: dict[str, Any] = {
                 "address": pa.array([s[0] for s in sites], pa.uint64()),
                 "size": pa.array([s[1] for s in sites], pa.uint64()),
-                "name": pa.array([s[2] for s in sites], pa.string()),
+                "name": pa.array([utf8(s[2]) for s in sites], pa.string()),
             }
             return pa.table(columns)
         try:
@@ -600,6 +606,6 @@ class Trace:
 def _leading_extensions(words: U64) -> int:
     """How many extensions of a lost record come first (a record has at most three)."""
     for i in range(min(len(words), 3)):
-        if words[i, 1] & _MASK:
+        if words[i, 1] >= _EXT_LIMIT:
             return i
     return min(len(words), 3)
