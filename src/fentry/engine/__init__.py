@@ -27,7 +27,7 @@ from fentry.engine.island import Island, SlotTable, build, code_size, group, roo
 from fentry.engine.ops import Op
 from fentry.errors import AskedWrong, CannotHere, EngineBug, TargetRefused, TraceError
 from fentry.program.compile import compile_text
-from fentry.program.ir import CONTEXT, COUNTER, Layout
+from fentry.program.ir import CONTEXT, COUNTER, NO_KEY, Layout, event_units
 from fentry.record import layout as L
 from fentry.record.layout import Policy, Table
 from fentry.record.ring import Region
@@ -37,6 +37,8 @@ __all__ = ["Engine", "Op", "Site"]
 
 #: threads (and signal levels, and forked processes) that can record at the same time
 RINGS = 256
+#: the same for a target that runs one thread at a time
+SLICED_RINGS = 8
 #: bytes of one ring: 65,536 records
 RING_SIZE = 1 << 20
 #: sites of one island lie within this many bytes
@@ -89,7 +91,7 @@ class Engine:
             if n & (n - 1) or n <= 0:
                 raise AskedWrong(f"{what} {n} is not a power of two")
         self.policy = policy
-        self.rings = rings
+        self.rings = min(rings, SLICED_RINGS) if target.sliced else rings
         self.ring_size = ring_size
         self.islands: list[Island] = []
         self.symbols: Callable[[str], int] = lambda _name: 0  #: address of a symbol in the target, or 0
@@ -177,9 +179,15 @@ class Engine:
         self.region = Region.format(view, self.rings, self.ring_size, self.policy)
 
         size = self.rings * CONTEXT + target.page  # one more: all zero, where a thread begins
-        contexts = allocator.map(size, "rw-", name="wipeonfork")
+        table = not self.arch.dialect.segment
+        # a table of contexts is addressed on every event: one instruction makes a low address
+        low = {"near": 1 << 30, "reach": (1 << 30) - (1 << 16)} if table else {}
+        contexts = allocator.map(size, "rw-", name="wipeonfork", **low)
         self._note(contexts, size)
         meta.context = (contexts, size)
+        if table:
+            blank = NO_KEY.to_bytes(8, "little").ljust(CONTEXT, b"\0")
+            target.write(contexts, blank * self.rings)
 
         shadow = plane_step = 0
         if any(op.exit for op in ops):
@@ -205,6 +213,8 @@ class Engine:
             contexts=contexts,
             clock={"icount": "memory"}.get(self.clock, self.clock),
             clock_at=self.clock_at,
+            uniform=_uniform(ops, self.clock, self.ring_size),
+            sliced=target.sliced,
             shadow=shadow,
             plane=plane_step,
             counters=counters,
@@ -452,6 +462,12 @@ class Engine:
 
         with suppress(Gone):
             self.close()
+
+
+def _uniform(ops: Iterable[Op], clock: str, ring_size: int) -> int:
+    """Bytes of each event, if all of all ops have the same size and it divides a ring; else 0."""
+    sizes = {16 * event_units(s, clock, parent=op.parent) for op in ops for s in (op.entry, op.exit) if s and s.record}
+    return sizes.pop() if len(sizes) == 1 and ring_size % min(sizes) == 0 else 0
 
 
 def _deep(op: Op) -> bool:

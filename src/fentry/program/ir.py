@@ -10,7 +10,7 @@ A *program* is a ``preserve_mostcc`` function that a slot calls. It gets its sit
 
 The context (256 bytes per ring, zeroed in a forked child) holds four levels of 64 bytes:
 
-    0  key    thread pointer + 1 while idle; 0 while a program of this level runs
+    0  key    thread pointer while idle; something else while a program of this level runs
     8  owner  thread pointer + 1 of the thread that it belongs to; 0 = nobody's
    16  ring   address of the ring header
    24  data   address of the ring's bytes
@@ -37,6 +37,9 @@ LEVEL = 64
 LEVELS = 4
 C_KEY, C_OWNER, C_RING, C_DATA, C_SELF, C_INDEX, C_DEPTH, C_ACC = range(0, 64, 8)
 
+#: key of a context in a hashed table that belongs to nobody
+NO_KEY = (1 << 64) - 1
+
 #: one row of the counter table: hits, total, self, min, max, and padding to a power of two
 COUNTER = 64
 K_HITS, K_TOTAL, K_SELF, K_MIN, K_MAX = range(0, 40, 8)
@@ -44,9 +47,6 @@ K_HITS, K_TOTAL, K_SELF, K_MIN, K_MAX = range(0, 40, 8)
 #: a slot keeps this many bytes on the stack while it calls programs: a program's own return address (or, without
 #: return slots, its stack pointer) lies so far below the caller's return slot (or the stack pointer at the entry)
 IN_SLOT = 16
-
-#: extension kind: duration of the call, with the exit that carries it (only returns are recorded)
-EXT_DURATION = 4
 
 
 class Parent(Enum):
@@ -68,10 +68,12 @@ class Layout:
     contexts: int  #: nrings contexts of CONTEXT bytes
     clock: str  #: "tsc" | "order" | "memory"
     clock_at: int = 0  #: where clock "memory" reads a u64
+    uniform: int = 0  #: bytes of every event of the session, if they are all alike and divide ring_size; else 0
     shadow: int = 0  #: distance from a return slot to its shadow
     plane: int = 0  #: distance from one shadow plane to the next
     counters: int = 0  #: nrings tables of `sites` counter rows
     sites: int = 0
+    sliced: bool = False  #: rings are only read while the target does not run
     system_calls: bool = True  #: False: the target has none that programs may use
     frames: dict[str, int] = field(default_factory=dict)  #: bytes of stack each program takes (see compile.py)
 
@@ -198,6 +200,14 @@ class Spec:
 _ATTRS = "nounwind noimplicitfloat"
 
 
+def event_units(spec: Spec, clock: str, *, parent: bool) -> int:
+    """How many records one event of a program takes, extensions included; 0 if it writes none."""
+    if not spec.record or (spec.threshold and not spec.exit):
+        return 0
+    extensions = 0 if clock == "order" else (parent and not spec.exit) + spec.retval
+    return 1 + extensions + (1 if spec.threshold else 0)
+
+
 class Module:
     """A module of programs for one session."""
 
@@ -250,29 +260,29 @@ class Module:
             t.add(f"musttail call preserve_mostcc void @{spec.name}.slow({args})")
             t.add("ret void")
 
+        # a nested event of a clock without time says where in its parent's ring it belongs
+        placed = slow and spec.record and self.layout.clock == "order"
         if slow:
-            c = t.op(f"call ptr @acquire(i64 {16 * units})", "c")
+            c = t.op(f"call ptr @acquire(i64 {16 * (units + placed)})", "c")
             none = t.op(f"icmp eq ptr {c}, null")
             t.branch(none, "out", "go", likely=False)
             t.label("go")
             ctx = Context(t, d, c)
-            tpk = ctx.load(C_OWNER)
+            tp = t.op(f"sub i64 {ctx.load(C_OWNER)}, 1")
         else:
             tp = t.snippet(d.thread_pointer)
-            tpk = t.op(f"add i64 {tp}, 1")
             pointer = None
             if not d.segment:
                 pointer = _table_context(t, lay, tp)
             ctx = Context(t, d, pointer)
-            # a lone counter is one read-modify-write: a signal cannot come between, so it need not mark busy
-            key = ctx.load(C_OWNER if light else C_KEY, volatile=True)
-            mine = t.op(f"icmp eq i64 {key}, {tpk}")
+            key = ctx.load(C_KEY, volatile=True)
+            mine = t.op(f"icmp eq i64 {key}, {tp}")
             t.branch(mine, "mine", "other", likely=True)
             t.label("other")
             bail()
             t.label("mine")
-            if not light:
-                ctx.store(0, C_KEY, volatile=True)
+            if not light:  # a lone counter is one read-modify-write: a signal cannot come between
+                ctx.store(_busy(t, pointer), C_KEY, volatile=True)
                 t.barrier()
 
         full: Callable[[str], None] | None = None
@@ -281,15 +291,15 @@ class Module:
             def check(cond: str) -> None:
                 t.branch(cond, "full", "room", likely=False)
                 t.label("full")
-                ctx.store(tpk, C_KEY, volatile=True)
+                ctx.store(tp, C_KEY, volatile=True)
                 bail()
                 t.label("room")
 
             full = check
-        self._work(t, spec, ctx, name, full)
+        self._work(t, spec, ctx, name, full, placed=placed)
         if slow or not light:
             t.barrier()
-            ctx.store(tpk, C_KEY, volatile=True)
+            ctx.store(tp, C_KEY, volatile=True)
         if slow:
             t.add("br label %out")
             t.label("out")
@@ -300,13 +310,18 @@ class Module:
         return "\n".join([head, "start:", *t.lines, "}"])
 
     def _units(self, spec: Spec) -> int:
-        if not spec.record:
-            return 0
-        order = self.layout.clock == "order"
-        extra = [spec.parent is not Parent.NONE, spec.retval]
-        return 1 + (0 if order else sum(extra)) + (1 if spec.threshold else 0)
+        return event_units(spec, self.layout.clock, parent=spec.parent is not Parent.NONE)
 
-    def _work(self, t: Text, spec: Spec, ctx: Context, name: str, full: Callable[[str], None] | None) -> None:
+    def _work(
+        self,
+        t: Text,
+        spec: Spec,
+        ctx: Context,
+        name: str,
+        full: Callable[[str], None] | None,
+        *,
+        placed: bool,
+    ) -> None:
         lay, d = self.layout, self.dialect
         mark = t.op(f"ptrtoint ptr {t.op('call ptr @llvm.returnaddress(i32 0)', 'm')} to i64", "mark")
         # the frame's position: where the return slot is (the same for entry and exit of one call)
@@ -372,10 +387,16 @@ class Module:
             limit = t.load(t.at(ring, L.H_LIMIT))
             full(t.op(f"icmp ugt i64 {end}, {limit}"))
         data = t.pointer(ctx.load(C_DATA))
+        first = ""
 
         def put(index: int, a: str, word: str) -> None:
-            at = t.op(f"add i64 {pos}, {16 * index}") if index else pos
-            rec = t.op(f"getelementptr i8, ptr {data}, i64 {t.op(f'and i64 {at}, {lay.ring_size - 1}')}", "r")
+            nonlocal first
+            if index and lay.uniform and full is not None:  # events never straddle the end of the ring
+                rec = t.at(first, 16 * index)
+            else:
+                at = t.op(f"add i64 {pos}, {16 * index}") if index else pos
+                rec = t.op(f"getelementptr i8, ptr {data}, i64 {t.op(f'and i64 {at}, {lay.ring_size - 1}')}", "r")
+            first = first or rec
             t.store(a, rec)
             t.store(word, t.at(rec, 8))
 
@@ -396,14 +417,30 @@ class Module:
             put(0, now or clock(), word)
         index = 1
         if parent and not order:
-            put(index, parent, str(L.EXT_PARENT << 48))
+            put(index, parent, str(L.EXT_PARENT))
             index += 1
         if spec.retval and not order:
-            put(index, ret, str(L.EXT_RETVAL << 48))
+            put(index, ret, str(L.EXT_RETVAL))
             index += 1
         if duration:
-            put(index, duration, str(EXT_DURATION << 48))
-        t.add(f"store atomic i64 {end}, ptr {ring} release, align 8")
+            put(index, duration, str(L.EXT_DURATION))
+        if placed:
+            level = t.load(t.at(ring, L.H_LEVEL))
+            t.add(f"br i1 {t.op(f'icmp eq i64 {level}, 0')}, label %own, label %nested")
+            t.label("nested")
+            row = t.op(f"mul i64 {t.load(t.at(ring, L.H_PARENT))}, {L.RING_HEADER}")
+            parents = t.pointer(t.op(f"add i64 {row}, {lay.region + L.PAGE}"))
+            put(index, t.load(parents), str(L.EXT_POS))
+            more = t.op(f"add i64 {end}, 16")
+            t.add("br label %own")
+            t.label("own")
+            before = "keep" if keep else "go"
+            end = t.op(f"phi i64 [ {end}, %{before} ], [ {more}, %nested ]")
+        if lay.sliced:  # nobody reads the ring while the program runs
+            t.barrier()
+            t.store(end, ring)
+        else:
+            t.add(f"store atomic i64 {end}, ptr {ring} release, align 8")
         if keep:
             t.add("br label %done")
             t.label("done")
@@ -442,6 +479,15 @@ class Module:
         for offset, value in ((K_MIN, t.op(f"xor i64 {took}, -1")), (K_MAX, took)):
             cell = t.at(row, offset)
             t.store(t.op(f"call i64 @llvm.umax.i64(i64 {t.load(cell)}, i64 {value})"), cell)
+
+
+def _busy(t: Text, pointer: str | None) -> str:
+    """What `key` holds while a program runs: no thread pointer.
+
+    Through a segment that is 0. In a hashed table 0 may be a thread pointer (bare metal), so it is the context's own
+    address there, which is at hand; an unused context of a table begins with a key of all ones (NO_KEY).
+    """
+    return "0" if pointer is None else t.op(f"ptrtoint ptr {pointer} to i64")
 
 
 def _table_context(t: Text, lay: Layout, tp: str) -> str:
@@ -541,7 +587,7 @@ def _acquire(d: Dialect, lay: Layout) -> str:
     t.add(f"call void @claim(ptr {c}, ptr {header}, i64 {n}, i64 {tpk}, i64 {pid}, i64 {tid}, i64 0, i64 {n})")
     for level in range(1, LEVELS):  # a wiped or recycled context must not keep rings of its levels
         t.store(0, t.at(c, level * LEVEL + C_OWNER))
-    t.store(tpk, t.at(c, C_KEY), volatile=True)
+    t.store(tp, t.at(c, C_KEY), volatile=True)
     if d.segment:
         t.add(d.set_segment.format(**{"in": t.op(f"ptrtoint ptr {c} to i64")}))
     t.add("br label %levels")
@@ -566,7 +612,7 @@ def _acquire(d: Dialect, lay: Layout) -> str:
     t.add(f"br i1 {grown}, label %idle, label %deaf")
     t.label("idle")
     key = t.load(t.at(cl, C_KEY), volatile=True)
-    idle = t.op(f"icmp eq i64 {key}, {tpk}")
+    idle = t.op(f"icmp eq i64 {key}, {tp}")
     t.add(f"br i1 {idle}, label %enter, label %up")
     t.label("up")
     t.add(f"{lv2} = add i64 {lv}, 1")
@@ -579,7 +625,7 @@ def _acquire(d: Dialect, lay: Layout) -> str:
     t.add("ret ptr null")
 
     t.label("enter")
-    t.store(0, t.at(cl, C_KEY), volatile=True)
+    t.store(_busy(t, None if d.segment else cl), t.at(cl, C_KEY), volatile=True)
     t.barrier()
     ring = t.pointer(t.load(t.at(cl, C_RING)))
     beat_at = f"getelementptr (i8, ptr {region}, i64 {L.R_BEAT})"
@@ -603,7 +649,7 @@ def _acquire(d: Dialect, lay: Layout) -> str:
     t.label("drop")
     lost_ring = t.at(ring, L.H_LOST)
     t.add(f"{t.new('l')} = atomicrmw add ptr {lost_ring}, i64 1 monotonic")
-    t.store(tpk, t.at(cl, C_KEY), volatile=True)
+    t.store(tp, t.at(cl, C_KEY), volatile=True)
     t.add("ret ptr null")
     t.label("sleep")
     if lay.system_calls and d.syscall:
@@ -682,7 +728,7 @@ def _grow(lay: Layout) -> str:
     pid = t.op(f"and i64 {ids}, 4294967295")
     index = t.load(t.at("%base", C_INDEX))
     t.add(f"call void @claim(ptr %cl, ptr {header}, i64 {i}, i64 %tpk, i64 {pid}, i64 {tid}, i64 %level, i64 {index})")
-    t.store("%tpk", t.at("%cl", C_KEY), volatile=True)
+    t.store(t.op("sub i64 %tpk, 1"), t.at("%cl", C_KEY), volatile=True)
     t.add("ret i1 true")
     t.label("no")
     t.add("ret i1 false")

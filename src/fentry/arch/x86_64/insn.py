@@ -15,8 +15,6 @@ bytes. A suspect that lies on such a chain counts as a branch; in doubt (undecod
 Jump tables: every address that an instruction takes relative to rip, and every absolute table operand, is looked at as
 the base of a table of 4-byte offsets or 8-byte addresses, for as long as its entries lie in the text.
 
-A third question is whether a slot may use its scratch register there: see ``scratch``.
-
 What is not seen: code that is made at run time and branches into the middle of a prologue, and tables whose base is
 computed by arithmetic. No compiler emits either for the first five bytes of a function.
 """
@@ -36,7 +34,6 @@ from iced_x86 import Code, Decoder, FlowControl, Formatter, FormatterSyntax, Ins
 
 from fentry.arch import Refusal, Sled
 from fentry.arch.x86_64 import facts
-from fentry.arch.x86_64.scratch import ScratchUse
 from fentry.errors import TraceError
 
 _NEXT = FlowControl.NEXT
@@ -68,8 +65,6 @@ BRANCH: Final = Refusal("branch into the window")
 LOOP: Final = Refusal("loop back to the entry")
 TABLE: Final = Refusal("jump table leads into the window")
 TAKEN: Final = Refusal("address inside the window is taken")
-ARGUMENT: Final = Refusal("takes an argument in r11")
-KEPT: Final = Refusal("a caller keeps a value in r11 across the call")
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,20 +406,12 @@ def _arrivals(
         refuse(start, ENTRY_INSIDE)
 
     starts = known.tolist()
-    is_known = np.zeros(len(text), bool)
-    is_known[known] = True
-    bases, calls, jumps = [], [], []
+    bases = []
     for kind, source, target in _candidates(text):
         if kind == _ADDRESSES and read is not None:
             bases.append(target)
         within = (target >= 0) & (target < len(text))
         source, target = source[within], target[within]
-        if kind == _CALLS:
-            direct = is_known[target]
-            calls.append((source[direct], target[direct]))
-        elif kind == _JUMPS:
-            far = np.abs(target - source) > 128  # between a function and its cold part
-            jumps.append((source[far], target[far]))
         for i in np.flatnonzero(inside[target]).tolist():
             pos, to = int(source[i]), int(target[i])
             window = window_of(to)
@@ -445,17 +432,7 @@ def _arrivals(
         for target in _table_entries(reader, text, bases, read):
             for entry in target[inside[target]].tolist():
                 refuse(entry, TABLE)
-    scratch = ScratchUse(reader.text, starts, ends, _joined(calls), _joined(jumps))
-    for offsets, why in ((scratch.inputs, ARGUMENT), (scratch.kept, KEPT)):
-        for begin in offsets:
-            refused.setdefault(begin + landing_pad(reader.text[begin : begin + 4]), why)
     return refused
-
-
-def _joined(parts: list[tuple[_Array, _Array]]) -> tuple[_Array, _Array]:
-    """Join (source, target) pairs of arrays."""
-    none = np.empty(0, np.int64)
-    return np.concatenate([none, *(p[0] for p in parts)]), np.concatenate([none, *(p[1] for p in parts)])
 
 
 def _known_start(starts: list[int], pos: int) -> int | None:
