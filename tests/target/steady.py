@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import mmap
+import os
+import signal
 import struct
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from fentry.target import ptrace
+from fentry.target.memory import Memory
 
 ROLES = ("spin", "read", "poll", "nap", "sem", "epoll", "ppoll", "calls", "long", "futex")
 THREADS = len(ROLES) + 1  # and the pacer
@@ -62,3 +68,41 @@ class Steady:
         self.process.kill()
         self.process.wait()
         self._shm.close()
+
+
+class Steps:
+    """Counts everything that is done to a process, and kills this process at one of the steps."""
+
+    def __init__(self, deadly: int, *, after: bool) -> None:
+        self.count = 0
+        self._deadly, self._after = deadly, after
+
+    def through(self, function: Callable) -> Callable:
+        def step(*args):
+            self.count += 1
+            if self.count == self._deadly and not self._after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return function(*args)
+            finally:
+                if self.count == self._deadly:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return step
+
+
+def die_at(work: Callable[[], None], deadly: int, *, after: bool) -> bool:
+    """Do `work` in a child process that kills itself at a step of it; False if it came to the end first."""
+    child = os.fork()
+    if child == 0:
+        try:
+            steps = Steps(deadly, after=after)
+            ptrace.request = steps.through(ptrace.request)
+            Memory.write = steps.through(Memory.write)
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL), f"the tracer failed: {status}"
+    return status != 0

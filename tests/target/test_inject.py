@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable
-
 import pytest
 
-from fentry.target import ptrace
-from fentry.target.memory import Memory
 from fentry.target.process import attach
-from tests.target.steady import FLAGS, ROLES, SOURCE, Steady
+from tests.target.steady import FLAGS, ROLES, SOURCE, Steady, die_at
 
 pytestmark = pytest.mark.live
 
@@ -44,44 +38,6 @@ def work(pid: int) -> None:
     target.close()
 
 
-class Steps:
-    """Counts everything that is done to a process, and kills this process at one of the steps."""
-
-    def __init__(self, deadly: int, *, after: bool) -> None:
-        self.count = 0
-        self._deadly, self._after = deadly, after
-
-    def through(self, function: Callable) -> Callable:
-        def step(*args):
-            self.count += 1
-            if self.count == self._deadly and not self._after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            try:
-                return function(*args)
-            finally:
-                if self.count == self._deadly:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        return step
-
-
-def die_at(pid: int, deadly: int, *, after: bool) -> bool:
-    """Trace `pid` from a child process that kills itself at a step; False if it came to the end first."""
-    child = os.fork()
-    if child == 0:
-        try:
-            steps = Steps(deadly, after=after)
-            ptrace.request = steps.through(ptrace.request)
-            Memory.write = steps.through(Memory.write)
-            work(pid)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL), f"the tracer failed: {status}"
-    return status != 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("main", ROLES)
 def test_a_tracer_killed_at_any_step_is_not_noticed(steady, main: str) -> None:
@@ -89,7 +45,7 @@ def test_a_tracer_killed_at_any_step_is_not_noticed(steady, main: str) -> None:
     program = steady(main)
     for after in (False, True):
         step = 1
-        while die_at(program.pid, step, after=after):
+        while die_at(lambda: work(program.pid), step, after=after):
             program.alive()
             step += 1
         assert step > 60, "fewer steps than attaching takes: something was not counted"

@@ -168,6 +168,8 @@ def _fork(
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
+            os.close(go)  # so that our death ends its wait
+            os.close(failed)
             _child(path, argv, env, cwd, fds, high[0], high[1], defaults, mask)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -190,6 +192,8 @@ def _child(
     """What the child does; never returns."""
     stage = 0
     try:
+        if not os.read(go, 1):
+            return
         # the descriptors that come first may be overwritten by those that come later: copy them all, then place them
         copies = [None if fd is None else fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in fds]
         for number, copy in enumerate(copies):
@@ -201,9 +205,8 @@ def _child(
         stage = 2
         for number in defaults:
             signal.signal(number, signal.SIG_DFL)
-        if os.read(go, 1):
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            os.execve(path, argv, env)  # noqa: S606  # no shell is wanted: the user's words go through as they are
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.execve(path, argv, env)  # noqa: S606  # no shell is wanted: the user's words go through as they are
     except OSError as error:
         os.write(report, struct.pack("<IB", error.errno or errno.EINVAL, stage))
     except BaseException:
