@@ -140,6 +140,8 @@ class Dialect:
     segment: int = 0  #: address space whose address 0 is the thread's context, or 0: a table hashed by thread pointer
     segment_register: str = ""  #: name of that segment's base in target.regs()
     thread_register: str = ""  #: name of the thread pointer in target.regs(), where a thread may lack one
+    get_segment: str = ""  #: sets {out} to the i64 address of the thread's context
+    exit_pair: bool = False  #: an exit program is a C function that is given both return registers and returns them
     set_segment: str = ""  #: makes i64 {in} the thread's context
     real_thread_pointer: str = ""  #: the architectural register, where `thread_pointer` reads memory instead
     #: (low, size) of the addresses where a process of this architecture has its stacks; None: ask the target

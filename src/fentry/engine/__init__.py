@@ -27,7 +27,7 @@ from fentry.engine.island import Island, SlotTable, build, code_size, group, roo
 from fentry.engine.ops import Op
 from fentry.errors import AskedWrong, CannotHere, EngineBug, TargetRefused, TraceError
 from fentry.program.compile import compile_text
-from fentry.program.ir import CONTEXT, COUNTER, NO_KEY, Layout, event_units
+from fentry.program.ir import CONTEXT, COUNTER, NO_KEY, Layout
 from fentry.record import layout as L
 from fentry.record.layout import Policy, Table
 from fentry.record.ring import Region
@@ -213,7 +213,6 @@ class Engine:
             contexts=contexts,
             clock={"icount": "memory"}.get(self.clock, self.clock),
             clock_at=self.clock_at,
-            uniform=_uniform(ops, self.clock, self.ring_size),
             sliced=target.sliced,
             shadow=shadow,
             plane=plane_step,
@@ -462,12 +461,6 @@ class Engine:
 
         with suppress(Gone):
             self.close()
-
-
-def _uniform(ops: Iterable[Op], clock: str, ring_size: int) -> int:
-    """Bytes of each event, if all of all ops have the same size and it divides a ring; else 0."""
-    sizes = {16 * event_units(s, clock, parent=op.parent) for op in ops for s in (op.entry, op.exit) if s and s.record}
-    return sizes.pop() if len(sizes) == 1 and ring_size % min(sizes) == 0 else 0
 
 
 def _deep(op: Op) -> bool:

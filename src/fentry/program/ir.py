@@ -13,8 +13,9 @@ The context (256 bytes per ring, zeroed in a forked child) holds four levels of 
     0  key    thread pointer while idle; something else while a program of this level runs
     8  owner  thread pointer + 1 of the thread that it belongs to; 0 = nobody's
    16  ring   address of the ring header
-   24  data   address of the ring's bytes
-   32  self   address of this level
+   24  data   address of the ring's bytes, less the stream position where this lap of the ring began
+   32  limit  stream position up to which there is room in this lap: the ring's own limit when last looked at,
+              or the end of the lap, so that the hot path neither masks nor touches what the host writes
    40  index  ring index; also the row in the counter table
    48  depth  nesting of hooked calls
    56  acc    time spent in finished callees (profile)
@@ -35,7 +36,7 @@ from fentry.record import layout as L
 CONTEXT = 256
 LEVEL = 64
 LEVELS = 4
-C_KEY, C_OWNER, C_RING, C_DATA, C_SELF, C_INDEX, C_DEPTH, C_ACC = range(0, 64, 8)
+C_KEY, C_OWNER, C_RING, C_DATA, C_LIMIT, C_INDEX, C_DEPTH, C_ACC = range(0, 64, 8)
 
 #: key of a context in a hashed table that belongs to nobody
 NO_KEY = (1 << 64) - 1
@@ -68,7 +69,6 @@ class Layout:
     contexts: int  #: nrings contexts of CONTEXT bytes
     clock: str  #: "tsc" | "order" | "memory"
     clock_at: int = 0  #: where clock "memory" reads a u64
-    uniform: int = 0  #: bytes of every event of the session, if they are all alike and divide ring_size; else 0
     shadow: int = 0  #: distance from a return slot to its shadow
     plane: int = 0  #: distance from one shadow plane to the next
     counters: int = 0  #: nrings tables of `sites` counter rows
@@ -252,13 +252,18 @@ class Module:
             return f"define {'internal ' if slow else ''}preserve_mostcc void @{name}() {_ATTRS} {{ ret void }}"
         t, lay, d = Text(), self.layout, self.dialect
         name = f"{spec.name}.slow" if slow else spec.name
-        params = args = "i64 %ret" if spec.exit and not d.return_slot else ""
+        pair = spec.exit and d.exit_pair
+        params = args = "i64 %ret, i64 %ret2" if pair else ""
+        kind = "{ i64, i64 }" if pair else "preserve_mostcc void"
         units = self._units(spec)
         light = spec.count and not (spec.record or spec.timed or spec.depth or spec.threshold)
 
         def bail() -> None:
-            t.add(f"musttail call preserve_mostcc void @{spec.name}.slow({args})")
-            t.add("ret void")
+            if pair:
+                t.add(f"ret {{ i64, i64 }} {t.op(f'musttail call {kind} @{spec.name}.slow({args})')}")
+            else:
+                t.add(f"musttail call {kind} @{spec.name}.slow({args})")
+                t.add("ret void")
 
         # a nested event of a clock without time says where in its parent's ring it belongs
         placed = slow and spec.record and self.layout.clock == "order"
@@ -303,10 +308,14 @@ class Module:
         if slow:
             t.add("br label %out")
             t.label("out")
-        t.add("ret void")
+        if pair:
+            one = t.op("insertvalue { i64, i64 } poison, i64 %ret, 0")
+            t.add(f"ret {{ i64, i64 }} {t.op(f'insertvalue {{ i64, i64 }} {one}, i64 %ret2, 1')}")
+        else:
+            t.add("ret void")
         linkage = "internal " if slow else ""
         note = " noinline" if slow else ""
-        head = f"define {linkage}preserve_mostcc void @{name}({params}) {_ATTRS}{note} {{"
+        head = f"define {linkage}{kind} @{name}({params}) {_ATTRS}{note} {{"
         return "\n".join([head, "start:", *t.lines, "}"])
 
     def _units(self, spec: Spec) -> int:
@@ -383,20 +392,18 @@ class Module:
         pos = t.load(ring)
         units = self._units(spec)
         end = t.op(f"add i64 {pos}, {16 * units}")
-        if full is not None:
-            limit = t.load(t.at(ring, L.H_LIMIT))
-            full(t.op(f"icmp ugt i64 {end}, {limit}"))
-        data = t.pointer(ctx.load(C_DATA))
         first = ""
+        if full is not None:
+            full(t.op(f"icmp ugt i64 {end}, {ctx.load(C_LIMIT)}"))
+            first = t.pointer(t.op(f"add i64 {ctx.load(C_DATA)}, {pos}"))
+        base = "" if full is not None else _ring_data(t, lay, ctx.load(C_INDEX))
 
         def put(index: int, a: str, word: str) -> None:
-            nonlocal first
-            if index and lay.uniform and full is not None:  # events never straddle the end of the ring
+            if first:
                 rec = t.at(first, 16 * index)
             else:
                 at = t.op(f"add i64 {pos}, {16 * index}") if index else pos
-                rec = t.op(f"getelementptr i8, ptr {data}, i64 {t.op(f'and i64 {at}, {lay.ring_size - 1}')}", "r")
-            first = first or rec
+                rec = t.pointer(t.op(f"add i64 {base}, {t.op(f'and i64 {at}, {lay.ring_size - 1}')}"))
             t.store(a, rec)
             t.store(word, t.at(rec, 8))
 
@@ -441,6 +448,12 @@ class Module:
             t.store(end, ring)
         else:
             t.add(f"store atomic i64 {end}, ptr {ring} release, align 8")
+        if full is None:  # the next lap
+            lap = t.op(f"and i64 {end}, {-lay.ring_size}")
+            ctx.store(t.op(f"sub i64 {base}, {lap}"), C_DATA)
+            limit = t.load(t.at(ring, L.H_LIMIT), volatile=True)
+            over = t.op(f"add i64 {lap}, {lay.ring_size}")
+            ctx.store(t.op(f"call i64 @llvm.umin.i64(i64 {limit}, i64 {over})"), C_LIMIT)
         if keep:
             t.add("br label %done")
             t.label("done")
@@ -479,6 +492,11 @@ class Module:
         for offset, value in ((K_MIN, t.op(f"xor i64 {took}, -1")), (K_MAX, took)):
             cell = t.at(row, offset)
             t.store(t.op(f"call i64 @llvm.umax.i64(i64 {t.load(cell)}, i64 {value})"), cell)
+
+
+def _ring_data(t: Text, lay: Layout, index: str) -> str:
+    """Address of a ring's bytes."""
+    return t.op(f"add i64 {t.op(f'mul i64 {index}, {lay.ring_size}')}, {lay.region + L.data_offset(lay.nrings)}")
 
 
 def _busy(t: Text, pointer: str | None) -> str:
@@ -521,7 +539,7 @@ def _acquire(d: Dialect, lay: Layout) -> str:
     tpk = t.op(f"add i64 {tp}, 1")
     if d.segment:
         here = Context(t, d, None)
-        base0 = t.pointer(here.load(C_SELF))
+        base0 = t.pointer(t.snippet(d.get_segment))
         owner = here.load(C_OWNER)
     else:
         base0 = _table_context(t, lay, tp)
@@ -671,10 +689,10 @@ def _acquire(d: Dialect, lay: Layout) -> str:
     t.label("waited")
     t.add("br label %room")
     body = "\n".join([f"define internal ptr @acquire(i64 %need) {_ATTRS} noinline {{", "start:", *t.lines, "}"])
-    return "\n".join([_claim(lay), _grow(lay), body])
+    return "\n".join([_claim(), _grow(lay), body])
 
 
-def _claim(lay: Layout) -> str:
+def _claim() -> str:
     """``@claim``: fill a ring header and a context level."""
     t = Text()
     for offset, value in (
@@ -684,12 +702,10 @@ def _claim(lay: Layout) -> str:
         (L.H_PARENT, "%parent"),
     ):
         t.store(value, t.at("%header", offset))
-    data = t.op(f"add i64 {t.op(f'mul i64 %n, {lay.ring_size}')}, {lay.region + L.data_offset(lay.nrings)}")
     for offset, value in (
         (C_OWNER, "%tpk"),
         (C_RING, t.op("ptrtoint ptr %header to i64")),
-        (C_DATA, data),
-        (C_SELF, t.op("ptrtoint ptr %c to i64")),
+        (C_LIMIT, "0"),  # the first event takes the slow road, which sets data and limit
         (C_INDEX, "%n"),
         (C_DEPTH, "0"),
         (C_ACC, "0"),

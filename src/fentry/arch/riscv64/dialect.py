@@ -18,5 +18,8 @@ declare i64 @llvm.readsteadycounter()
     # preserve_mostcc leaves t1, t2 and t3 to a function (CSR_RT_MostRegs); t2 and t3 may be live at an entry: static
     # chain, arguments of clang's fastcc
     features="+reserve-x7,+reserve-x28",
+    # only sleds are hooked here, and compilers do not count on what a function with a sled leaves alone (gcc turns
+    # -fipa-ra off for it, checked), so at an exit every caller-saved register but the two of the result is free
+    exit_pair=True,
     clobbers=facts.PROGRAM_CLOBBERS,
 )

@@ -9,6 +9,7 @@ DIALECT = Dialect(
     # rdfsbase costs 2.3 (measured), so the hot path reads memory and the slow path checks the register.
     declares="""
 declare i64 @llvm.x86.rdfsbase.64() #9
+declare i64 @llvm.x86.rdgsbase.64() #9
 declare void @llvm.x86.wrgsbase.64(i64) #9
 attributes #9 = { "target-features"="+fsgsbase" }
 """,
@@ -18,6 +19,7 @@ attributes #9 = { "target-features"="+fsgsbase" }
     segment=256,
     segment_register="gs_base",
     thread_register="fs_base",
+    get_segment="{out} = call i64 @llvm.x86.rdgsbase.64()",
     set_segment="call void @llvm.x86.wrgsbase.64(i64 {in})",
     # the upper 8 TiB of user addresses: the main stack and every mmap'd one (mmap_base lies below the stack)
     stack_window=(0x7800_0000_0000, 1 << 43),
