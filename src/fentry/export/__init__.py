@@ -118,9 +118,21 @@ def clock_ns(table: pa.Table, meta: Meta) -> npt.NDArray[np.int64]:
     return high + np.rint((ts % np.uint64(step)).astype(np.float64) * scale).astype(np.int64)
 
 
+def numbers(table: pa.Table, name: str) -> list[int]:
+    """A column without nulls as a list."""
+    values: list[int] = table.column(name).to_numpy().tolist()
+    return values
+
+
 def optional(table: pa.Table, name: str) -> list[int | None]:
     """A nullable column as a list."""
-    values: list[int | None] = table.column(name).to_pylist()
+    column = table.column(name)
+    if column.null_count == len(column):
+        return [None] * len(column)
+    values: list[int | None] = column.fill_null(0).to_numpy().tolist()
+    if column.null_count:
+        for row in np.flatnonzero(column.is_null().to_numpy()).tolist():
+            values[row] = None
     return values
 
 

@@ -20,10 +20,10 @@ from typing import IO
 import pyarrow as pa
 
 from fentry.errors import AskedWrong
-from fentry.export import Exporter, Header, clock_ns, optional
+from fentry.export import Exporter, Header, clock_ns, numbers, optional
 from fentry.record.layout import Kind
 from fentry.record.meta import utf8
-from fentry.record.stack import Flag, Frame, Stack
+from fentry.record.stack import Bit, Flag, Frame, Stack
 
 _ENTRY, _TAIL, _PLAIN = int(Kind.ENTRY), int(Kind.TAIL), int(Kind.PLAIN)
 
@@ -80,16 +80,16 @@ class Chrome(Exporter):
         kinds[~self._header.returning[sites] & ((kinds == _ENTRY) | (kinds == _TAIL))] = _PLAIN
         out: list[str] = []
         for pid, tid, ts, ns, site, kind, bits, payload, duration, lost in zip(
-            table.column("pid").to_pylist(),
-            table.column("tid").to_pylist(),
-            table.column("ts").to_pylist(),
+            numbers(table, "pid"),
+            numbers(table, "tid"),
+            numbers(table, "ts"),
             clock_ns(table, self._header.meta).tolist(),
             sites.tolist(),
             kinds.tolist(),
-            table.column("stack").to_pylist(),
+            numbers(table, "stack"),
             optional(table, "payload"),
             optional(table, "duration"),
-            table.column("lost").to_pylist(),
+            numbers(table, "lost"),
             strict=True,
         ):
             lane = self._lanes[pid, tid]
@@ -124,14 +124,13 @@ class Chrome(Exporter):
 
     # -- within -----------------------------------------------------------------------------------
     def _closing(self, frame: Frame, lane: _Lane, time: str, ns: int) -> str:
-        args = {flag.name.lower(): True for flag in _SHOWN if frame.flags & flag and flag.name}
-        members = [f'"{name}":true' for name in args]
+        members = [f'"{name}":true' for bit, name in _SHOWN if frame.flags & bit] if frame.flags else []
         if frame.retval is not None:
             members.append(f'"retval":"{frame.retval:#x}"')
         extra = f',"args":{{{",".join(members)}}}' if members else ""
-        if frame.flags & Flag.UNMATCHED:
+        if frame.flags & Bit.UNMATCHED:
             return f'{{"ph":"i","s":"t","name":{self._names[frame.site]},{time}{extra}}}'
-        if frame.flags & (Flag.TIMED | Flag.OPEN_AT_START):
+        if frame.flags & (Bit.TIMED | Bit.OPEN_AT_START):
             took = round(frame.dur * self._scale)
             start = f'"ts":{_us(max(ns - took, 0))},"dur":{_us(took)},{lane.ids}'
             return f'{{"ph":"X","name":{self._names[frame.site]},{start}{extra}}}'
@@ -187,7 +186,10 @@ class Chrome(Exporter):
         return self._now if self._header.meta.clock.timed else lane.now
 
 
-_SHOWN = (Flag.UNWOUND, Flag.PASSED, Flag.LOST, Flag.UNSURE, Flag.OPEN_AT_START, Flag.UNMATCHED, Flag.TAIL)
+_SHOWN = tuple(
+    (flag.value, str(flag.name).lower())
+    for flag in (Flag.UNWOUND, Flag.PASSED, Flag.LOST, Flag.UNSURE, Flag.OPEN_AT_START, Flag.UNMATCHED, Flag.TAIL)
+)
 
 
 def _us(ns: int) -> str:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from fentry.errors import AskedWrong
 from fentry.export import Exporter, Header, by_thread, printable
 from fentry.record.calls import Matcher, Rows
-from fentry.record.stack import Flag
+from fentry.record.stack import Bit
 
 WEIGHTS = ("self_ns", "calls", "total")
 
@@ -110,7 +110,7 @@ class Folded(Exporter):
             return path
 
         if self._weight == "calls":
-            entered = (rows.flags & (Flag.OPEN_AT_START | Flag.UNMATCHED)) == 0
+            entered = (rows.flags & (Bit.OPEN_AT_START | Bit.UNMATCHED)) == 0
             weight = entered.astype(np.int64)
         else:
             weight = np.maximum(rows.own if self._weight == "self_ns" else rows.dur, 0)

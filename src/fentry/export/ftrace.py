@@ -23,9 +23,9 @@ from typing import TextIO
 
 import pyarrow as pa
 
-from fentry.export import Exporter, Header, clock_ns, optional, parents, printable
+from fentry.export import Exporter, Header, clock_ns, numbers, optional, parents, printable
 from fentry.record.layout import Kind
-from fentry.record.stack import Flag, Frame, Stack
+from fentry.record.stack import Bit, Frame, Stack
 
 _ENTRY, _EXIT, _TAIL, _UNWOUND, _PLAIN = (int(k) for k in (Kind.ENTRY, Kind.EXIT, Kind.TAIL, Kind.UNWOUND, Kind.PLAIN))
 
@@ -92,9 +92,9 @@ class FunctionText(Exporter):
         lanes = self._header.lanes
         lines = []
         for pid, tid, site, usec, caller, missing, shown in zip(
-            table.column("pid").to_pylist(),
-            table.column("tid").to_pylist(),
-            table.column("site").to_pylist(),
+            numbers(table, "pid"),
+            numbers(table, "tid"),
+            numbers(table, "site"),
             usecs.tolist(),
             callers,
             lost.tolist(),
@@ -196,16 +196,16 @@ class GraphText(Exporter):
         kinds[unhooked] = _PLAIN
         lines: list[str] = []
         for pid, tid, ts, ns, site, kind, bits, payload, duration, lost in zip(
-            table.column("pid").to_pylist(),
-            table.column("tid").to_pylist(),
-            table.column("ts").to_pylist(),
+            numbers(table, "pid"),
+            numbers(table, "tid"),
+            numbers(table, "ts"),
             times.tolist(),
             sites.tolist(),
             kinds.tolist(),
-            table.column("stack").to_pylist(),
+            numbers(table, "stack"),
             optional(table, "payload"),
             optional(table, "duration"),
-            table.column("lost").to_pylist(),
+            numbers(table, "lost"),
             strict=True,
         ):
             lane = self._lanes[pid, tid]
@@ -280,18 +280,18 @@ class GraphText(Exporter):
     def _close(self, lines: list[str], lane: _Lane, ns: int, closed: Sequence[Frame]) -> None:
         """Print the braces of an exit: of the call itself and of the tail calls that return with it."""
         for frame in closed:
-            if frame.flags & Flag.PASSED:
+            if frame.flags & Bit.PASSED:
                 continue
             name = self._names[frame.site]
-            unseen = frame.flags & (Flag.OPEN_AT_START | Flag.UNMATCHED | Flag.TIMED)
+            unseen = frame.flags & (Bit.OPEN_AT_START | Bit.UNMATCHED | Bit.TIMED)
             comment = ""
-            if frame.flags & Flag.UNWOUND:
+            if frame.flags & Bit.UNWOUND:
                 comment = f" /* {name}: unwound */"
             elif self._retval and frame.retval is not None:
                 comment = f" /* {name} = {_value(frame.retval)} */"
             elif self._tail or unseen:
                 comment = f" /* {name} */"
-            took = None if frame.flags & (Flag.OPEN_AT_START | Flag.UNMATCHED) else self._took(frame.dur)
+            took = None if frame.flags & (Bit.OPEN_AT_START | Bit.UNMATCHED) else self._took(frame.dur)
             depth = max(frame.depth - lane.stack.base, 0)
             lines.append(f"{self._prologue(lines, lane, ns)}{_duration(took)}{'  ' * depth}}}{comment}\n")
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from fentry.record.event import U64, Clock, Columns, Flags, columns_of
 from fentry.record.layout import Kind
-from fentry.record.stack import Flag, Frame, Stack
+from fentry.record.stack import Bit, Frame, Stack
 
 if TYPE_CHECKING:
     from fentry.record.store import Trace
@@ -248,15 +248,15 @@ class Matcher:
         parent[:c] = [f.parent for f in carry]
 
         flags = np.zeros(n, np.uint16)
-        flags[kind == _TAIL] |= Flag.TAIL.value
-        flags[plain] |= Flag.PLAIN.value
-        flags[_recursive(frame, plain, site, end)] |= Flag.RECURSIVE.value
+        flags[kind == _TAIL] |= Bit.TAIL
+        flags[plain] |= Bit.PLAIN
+        flags[_recursive(frame, plain, site, end)] |= Bit.RECURSIVE
         if carry and carry[0].gap != stack.gaps:
-            flags[: n if end[0] < 0 else end[0]] |= Flag.UNSURE.value
+            flags[: n if end[0] < 0 else end[0]] |= Bit.UNSURE
         flags[:c] = [f.flags for f in carry]
-        flags[:c] |= np.array([Flag.LOST if f.gap != stack.gaps else 0 for f in carry], np.uint16)
+        flags[:c] |= np.array([Bit.LOST if f.gap != stack.gaps else 0 for f in carry], np.uint16)
         done = np.flatnonzero(frame & (end >= 0))
-        flags[done[kind[end[done]] == _UNWOUND]] |= Flag.UNWOUND.value
+        flags[done[kind[end[done]] == _UNWOUND]] |= Bit.UNWOUND
 
         took = np.maximum((ts[end[done]] - ts[done]).view(np.int64), 0)
         child = np.zeros(n, np.int64)
@@ -436,8 +436,8 @@ def calls(trace: Trace) -> pa.Table:
 
 def _settle(rows: Rows) -> Rows:
     """Order one thread's calls by entry, number them, and place those whose surroundings became known late."""
-    early = (rows.flags & Flag.OPEN_AT_START) != 0
-    late = (rows.flags & Flag.TIMED) != 0
+    early = (rows.flags & Bit.OPEN_AT_START) != 0
+    late = (rows.flags & Bit.TIMED) != 0
     if early.any():
         # a call that was open at the start encloses what has no other parent and ended before it
         by_depth = np.flatnonzero(early)[np.argsort(rows.depth[early], kind="stable")]

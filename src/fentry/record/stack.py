@@ -45,8 +45,24 @@ class Flag(IntFlag):
     TIMED = 1024  #: only its exit was recorded, together with the duration
 
 
+class Bit:
+    """The flags as plain integers: arithmetic with an enum's members is ten times slower, and there is much of it."""
+
+    TAIL = Flag.TAIL.value
+    PLAIN = Flag.PLAIN.value
+    UNWOUND = Flag.UNWOUND.value
+    OPEN_AT_START = Flag.OPEN_AT_START.value
+    NEVER_EXITED = Flag.NEVER_EXITED.value
+    PASSED = Flag.PASSED.value
+    LOST = Flag.LOST.value
+    UNSURE = Flag.UNSURE.value
+    UNMATCHED = Flag.UNMATCHED.value
+    RECURSIVE = Flag.RECURSIVE.value
+    TIMED = Flag.TIMED.value
+
+
 #: Calls with one of these have no duration that says something about the function.
-UNTRUE = Flag.OPEN_AT_START | Flag.NEVER_EXITED | Flag.PASSED | Flag.LOST | Flag.UNMATCHED
+UNTRUE = Bit.OPEN_AT_START | Bit.NEVER_EXITED | Bit.PASSED | Bit.LOST | Bit.UNMATCHED
 
 
 class Frame:
@@ -112,9 +128,9 @@ class Stack:
             return closed
         if kind == _PLAIN:
             frame = self._frame(ts, site, kind, bits)
-            frame.flags |= Flag.PLAIN
+            frame.flags |= Bit.PLAIN
             if self._sites.get(site):
-                frame.flags |= Flag.RECURSIVE
+                frame.flags |= Bit.RECURSIVE
             return (frame,)
         return self._exit(ts, site, kind, bits, payload, duration)
 
@@ -130,7 +146,7 @@ class Stack:
         closed = []
         while self.frames:
             frame = self._pop(None, None)
-            frame.flags |= Flag.NEVER_EXITED
+            frame.flags |= Bit.NEVER_EXITED
             closed.append(frame)
         return closed
 
@@ -149,7 +165,7 @@ class Stack:
         self.rows += 1
         frame.parent = frames[-1].row if frames else -1
         frame.ts, frame.site, frame.bits, frame.kind = ts, site, bits, kind
-        frame.flags = 128 if frames and frames[0].gap != self.gaps else 0  # Flag.UNSURE, at the price of an int
+        frame.flags = Bit.UNSURE if frames and frames[0].gap != self.gaps else 0
         frame.gap = self.gaps
         frame.depth = self.base + len(frames)
         frame.child = 0
@@ -174,9 +190,9 @@ class Stack:
         frame = self._frame(ts, site, kind, bits)
         frame.owner = owner
         if kind == _TAIL:
-            frame.flags |= Flag.TAIL
+            frame.flags |= Bit.TAIL
         if self._sites.get(site):
-            frame.flags |= Flag.RECURSIVE
+            frame.flags |= Bit.RECURSIVE
         self._count(frame, 1)
         self.frames.append(frame)
 
@@ -185,7 +201,7 @@ class Stack:
         frame = frames.pop()
         self._count(frame, -1)
         if frame.gap != self.gaps:
-            frame.flags |= Flag.LOST
+            frame.flags |= Bit.LOST
         if ts is not None:
             frame.dur = dur = ts - frame.ts if ts > frame.ts else 0
             frame.own = dur - frame.child if dur > frame.child else 0
@@ -203,7 +219,7 @@ class Stack:
         closed = []
         while self.frames[-1].bits != bits:
             frame = self._pop(ts, None)
-            frame.flags |= Flag.PASSED
+            frame.flags |= Bit.PASSED
             closed.append(frame)
         return closed, self.frames[-1].owner or self.frames[-1]
 
@@ -222,15 +238,15 @@ class Stack:
         frame = self._frame(ts, site, kind, bits)
         frame.retval = payload
         if kind == _UNWOUND:
-            frame.flags |= Flag.UNWOUND
+            frame.flags |= Bit.UNWOUND
         if duration is not None:
             self._time(frame, duration)
         elif self.frames:
-            frame.flags |= Flag.UNMATCHED | (Flag.LOST if self.gaps else 0)
+            frame.flags |= Bit.UNMATCHED | (Bit.LOST if self.gaps else 0)
         else:
             self.base -= 1
             frame.depth = self.base
-            frame.flags |= Flag.OPEN_AT_START | (Flag.LOST if self.gaps else 0)
+            frame.flags |= Bit.OPEN_AT_START | (Bit.LOST if self.gaps else 0)
             assert self.since is not None
             frame.ts = min(self.since, ts)
             frame.dur = ts - frame.ts
@@ -250,16 +266,16 @@ class Stack:
                 break
         for above in closed:
             if above is not frame and above.owner is not frame:
-                above.flags |= Flag.PASSED
+                above.flags |= Bit.PASSED
                 above.retval = None
             elif kind == _UNWOUND:
-                above.flags |= Flag.UNWOUND
+                above.flags |= Bit.UNWOUND
         return closed
 
     def _time(self, frame: Frame, duration: int) -> None:
         """Make a call of an exit that says how long it took; those that lie inside it are its callees."""
         start = max(0, frame.ts - duration)
-        frame.flags |= Flag.TIMED
+        frame.flags |= Bit.TIMED
         frame.ts, frame.dur = start, duration
         inside = 0
         while self._timed and self._timed[-1][0] >= start:

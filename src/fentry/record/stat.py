@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fentry.record.calls import I64, Matcher, Rows
-from fentry.record.stack import UNTRUE, Flag
+from fentry.record.stack import UNTRUE, Bit
 
 if TYPE_CHECKING:
     from fentry.record.store import Site, Trace
 
 #: Calls whose entry was not recorded: they are no hits.
-_NOT_ENTERED = Flag.OPEN_AT_START | Flag.UNMATCHED
+_NOT_ENTERED = Bit.OPEN_AT_START | Bit.UNMATCHED
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -49,7 +49,7 @@ class Counters:
         self.hits += np.bincount(rows.site[entered], minlength=n)
         true = ((rows.flags & UNTRUE) == 0) & (rows.dur >= 0)
         site, dur = rows.site[true], rows.dur[true]
-        outermost = (rows.flags[true] & Flag.RECURSIVE) == 0
+        outermost = (rows.flags[true] & Bit.RECURSIVE) == 0
         np.add.at(self.total, site[outermost], dur[outermost])
         np.add.at(self.own, site, rows.own[true])
         np.minimum.at(self.low, site, dur)
