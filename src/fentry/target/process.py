@@ -203,7 +203,7 @@ class ProcessTarget(Target):
                 event = halt.await_event(tid, "execute one instruction", _STEP_PATIENCE)
             except TargetRefused:
                 ptrace.interrupt(tid)
-                event = halt.settle(tid)
+                event = self._without_trap(tid, halt.settle(tid))
                 trouble = "waits in a system call"
             if event.kind == "gone":
                 raise self._thread_gone(tid)
@@ -219,6 +219,17 @@ class ProcessTarget(Target):
                 return "" if trap else f"took signal {forward}"
             if forward:  # blocked now, it goes back to the queue it came from (kernel/signal.c ptrace_signal)
                 ptrace.set_sigmask(tid, (mask | _ASYNCHRONOUS) & ~_TRAP)
+
+    def _without_trap(self, tid: int, event: Event) -> Event:
+        """Take away the trap of a stepped system call that was interrupted: it is pending, and would be deadly."""
+        if event.kind == "stop" and int(procfs.status(tid)["SigPnd"], 16) & _TRAP:
+            ptrace.request(ptrace.CONT, tid)
+            event = halt.await_event(tid, "take its trap")
+            if event.kind != "gone":
+                ptrace.interrupt(tid)
+                ptrace.request(ptrace.CONT, tid)
+                event = halt.settle(tid)
+        return event
 
     # -- run control ------------------------------------------------------------------------------
     def stop(self) -> None:
@@ -419,7 +430,8 @@ def attach(pid: int) -> ProcessTarget:
         kind = launch.elf_kind(f"/proc/{alive[0]}/exe")
     except Denied:
         raise halt.refusal(pid, alive[0]) from None
-    if kind != launch.elf_kind("/proc/self/exe"):
+    # empty: it ended just now, which halting it will tell, or its file may be run but not read
+    if kind and kind != launch.elf_kind("/proc/self/exe"):
         raise Unsupported(
             f"process {pid} runs a program of another machine or word size (ELF {kind.hex()})",
             hint="only native 64-bit programs can be traced live",
