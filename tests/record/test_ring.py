@@ -202,6 +202,14 @@ def test_regions_that_are_none_are_refused():
         Region.format(memoryview(bytearray(1 << 20)), 4, 5000, Policy.DROP)
 
 
+def test_a_target_that_stopped_waiting_is_noticed():
+    region = Program(1, 4096, Policy.BLOCK).region
+    assert not region.gave_up
+    region._head[L.R_POLICY // 8] = int(Policy.DROP)
+    assert region.gave_up
+    assert not Program(1, 4096, Policy.DROP).region.gave_up
+
+
 def test_a_second_host_goes_on_where_the_first_one_died():
     program, sink = Program(1, 4096), Sink()
     ring = program.claim()

@@ -90,8 +90,9 @@ class Matcher:
         exact: always take the exact way (for tests).
     """
 
-    #: events that take the exact way after a pair did not fit; doubles while it keeps happening
-    WINDOW = (512, 1 << 16)
+    #: events that take the exact way after a pair did not fit; doubles while it keeps happening (more than
+    #: these would only keep more frames alive at a time, which costs)
+    WINDOW = (512, 1 << 13)
     #: events tried at a time in columns; doubles while it works
     SPAN = (1 << 14, 1 << 20)
 

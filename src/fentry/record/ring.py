@@ -154,6 +154,11 @@ class Region:
         return bool(self._head[layout.R_OFF // 8])
 
     @property
+    def gave_up(self) -> bool:
+        """A writer of policy block waited for a host that seemed dead, and made the policy drop."""
+        return self.policy is Policy.BLOCK and int(self._head[layout.R_POLICY // 8]) != Policy.BLOCK
+
+    @property
     def ringless(self) -> int:
         """Events lost because no ring was free."""
         return int(self._head[layout.R_LOST // 8])
