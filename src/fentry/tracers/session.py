@@ -401,6 +401,11 @@ class Session:
         return self._drainer is not None and self._drainer.error is not None
 
     @property
+    def finished(self) -> bool:
+        """:meth:`finish` was called."""
+        return self._finished
+
+    @property
     def records(self) -> int:
         """How many records have been written so far."""
         return self._writer.records if self._writer is not None else 0
