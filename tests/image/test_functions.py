@@ -13,6 +13,7 @@ import pytest
 from fentry.image import Function, Image
 from tests.image.binutils import output, sections, symbols
 from tests.image.conftest import LINKABLE, NAMES
+from tests.image.crafted import with_symbols
 
 LIBRARIES = [
     "libc.so.6",
@@ -224,6 +225,64 @@ def test_names_people_use(tmp_path):
     memcpy = image.function("memcpy")
     assert memcpy is not None
     assert {memcpy.address} == default == {image.symbol("memcpy")}
+
+
+LOCAL, GLOBAL, WEAK = 0x02, 0x12, 0x22  # st_info of functions
+
+
+def test_preferred_names():
+    """The documented order of names at one address, each rule against the next."""
+    best_first = [
+        (b"plain", GLOBAL),
+        (b"weaker", WEAK),
+        (b"longest_weak", WEAK),
+        (b"__underscored", GLOBAL),
+        (b"here", LOCAL),
+        (b"made.localalias", GLOBAL),
+        (b"old@V1", GLOBAL),
+    ]
+    for index, _ in enumerate(best_first):
+        rest = best_first[index:]
+        for order in (rest, rest[::-1]):
+            symbols_ = [(name, 0x10040, 4, info) for name, info in order]
+            (function,) = Image.from_bytes(with_symbols(*symbols_), "crafted").functions()
+            assert [function.name, *function.aliases] == [name.split(b"@")[0].decode() for name, _ in rest]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_name_at_several_addresses(turned):
+    """Default version before old, global before weak before local, then the lowest address."""
+    groups = [
+        [(b"f@@V2", 0x10030, GLOBAL), (b"f@V1", 0x10010, GLOBAL)],
+        [(b"g", 0x10050, GLOBAL), (b"g", 0x10048, WEAK), (b"g", 0x10040, LOCAL)],
+        [(b"h", 0x10060, LOCAL), (b"h", 0x10068, LOCAL)],
+    ]
+    rows = [(name, at, 4, info) for group in groups for name, at, info in group]
+    image = Image.from_bytes(with_symbols(*rows[:: -1 if turned else 1]), "crafted")
+    assert len(image.functions()) == len(rows)
+    for group in groups:
+        name = group[0][0].split(b"@")[0].decode()
+        function = image.function(name)
+        assert function is not None
+        assert function.address == group[0][1] == image.symbol(name)
+
+
+def test_names_of_assemblers_are_dropped():
+    rows = [(name, 0x10000 + 8 * at, 4, GLOBAL) for at, name in enumerate((b"$x", b"$d.1", b".L12", b"", b"real"))]
+    assert [f.name for f in Image.from_bytes(with_symbols(*rows), "crafted").functions()] == ["real"]
+
+
+def test_labels_inside_unwind_ranges_are_no_functions(compiled):
+    source = """
+    __asm__(".text\\n.globl begins\\nbegins: .cfi_startproc\\nnop\\n"
+            ".globl middle\\nmiddle: nop\\nret\\n.cfi_endproc\\n");
+    int main(void) { return 0; }
+    """
+    image = Image.open(str(compiled("gcc", "pie", "-O1", source=source)))
+    begins = image.function("begins")
+    assert begins is not None
+    assert (begins.size, begins.sized) == (3, True)  # the unwind table knows
+    assert image.function("middle") is None
 
 
 def test_indirect_functions(compiled):

@@ -205,6 +205,25 @@ def test_relaxed_calls_keep_their_prefix(compiled, kind):
     assert codes == {b"\x67\xe8" if kind == "static-pie" else b"\xff\x15"}
 
 
+def test_calls_through_stubs_with_landing_pads(compiled):
+    """-z ibtplt puts endbr64 (and once a bnd prefix) in front of the jump: calls aim at the pad."""
+    path = compiled("clang", "pie", "-O2", "-pg", "-fcf-protection=full", "-Wl,-z,ibtplt")
+    listing = disassembly(path, "clang")
+    assert listing["mcount@plt"][0][1] == "endbr64", "the test needs such a stub"
+    expected = calls_in(listing)
+    assert {name: (at, hint.kind) for name, (at, hint) in hints_by_name(path).items()} == expected
+
+
+def test_calls_in_cold_parts_are_no_sleds(compiled):
+    """Nobody calls f.cold, so what it calls says nothing about its entry."""
+    source = """
+    __asm__(".text\\n.type f.cold, @function\\nf.cold: call mcount@PLT\\nret\\n.size f.cold, .-f.cold\\n");
+    int main(void) { return 0; }
+    """
+    path = compiled("gcc", "pie", "-O1", "-pg", source=source)
+    assert set(hints_by_name(path)) == {"main"}
+
+
 @pytest.mark.parametrize(("compiler", "kind"), LINKABLE)
 def test_plain_builds_have_no_sleds(compiled, compiler, kind):
     assert Image.open(str(compiled(compiler, kind, "-O2"))).sleds() == {}

@@ -58,8 +58,6 @@ def separate(elf: Elf, debug_dirs: Sequence[str]) -> Elf | None:
     for path, checksum in candidates(elf, debug_dirs):
         try:
             source = Source.open(path)
-            if source.identity == elf.source.identity:
-                continue
             if checksum is not None and _crc(source) != checksum:
                 continue
             found = Elf(source)
