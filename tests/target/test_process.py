@@ -13,17 +13,21 @@ import time
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
 from fentry.errors import AskedWrong, Denied, EngineBug, Fault, Gone, OutOfReach, TargetRefused, Unsupported
 from fentry.target import Stop, procfs, ptrace
 from fentry.target.memory import Memory
 from fentry.target.process import ProcessTarget, attach, spawn
+from fentry.testing.target import Probe, check_target
 from tests.target.steady import die_at
 
 pytestmark = pytest.mark.live
 
 LIVE = Path(__file__).parent / "live"
 NOBODY = 65534
+#: what /proc/PID/status tells of a thread that nobody but itself may change
+STATE = ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "TracerPid")
 
 
 def settled(condition, what: str) -> None:
@@ -42,8 +46,7 @@ def picture(pid: int) -> dict:
             if region.mapping.perms.startswith("r-x") and region.mapping.path != "[vsyscall]":
                 code[region.mapping.start] = os.pread(memory.fileno(), region.mapping.size, region.mapping.start)
     threads = {
-        tid: {name: value for name, value in procfs.status(tid).items() if name.startswith(("Sig", "Shd", "TracerPid"))}
-        for tid in procfs.tids(pid)
+        tid: {name: value for name, value in procfs.status(tid).items() if name in STATE} for tid in procfs.tids(pid)
     }
     return {"maps": Path(f"/proc/{pid}/maps").read_text(), "code": code, "threads": threads}
 
@@ -268,6 +271,8 @@ def children_of_the_dead() -> list[int]:
 def test_attach_leaves_no_trace(running, live) -> None:
     process = running(live("crowd.c"), "still", "64")
     assert echoes(process)
+    calls = Path(f"/proc/{process.pid}/task")
+    settled(lambda: all((t / "syscall").read_text()[:2] in ("34", "0 ") for t in calls.iterdir()), "not all are asleep")
     before = picture(process.pid)
     with attach(process.pid) as target:
         assert target.threads()[0] == process.pid
@@ -351,30 +356,27 @@ def test_attach_under_a_storm_of_signals(running, live) -> None:
     assert process.stdout.readline() == b"ready\n"
     libc = ctypes.CDLL(None, use_errno=True)
 
+    over = threading.Event()
+    sent = 0
+
     def storm() -> None:
-        for value in range(3000):
-            while libc.sigqueue(process.pid, signal.SIGRTMIN, ctypes.c_void_p(value)):
+        nonlocal sent
+        while not over.is_set():
+            if libc.sigqueue(process.pid, signal.SIGRTMIN, ctypes.c_void_p(sent)) == 0:
+                sent += 1
+            else:
                 time.sleep(0.001)  # the queue is full
 
     sender = threading.Thread(target=storm)
     sender.start()
-    seen = []
-
-    def drain() -> None:
-        seen.extend(process.stdout.readline() for _ in range(3000))
-
-    reader = threading.Thread(target=drain)
-    reader.start()
-    visits = 0
-    while sender.is_alive():
+    for _ in range(20):
         with attach(process.pid) as target:
             target.syscall(39)
             target.syscall(39)
-        visits += 1
+    over.set()
     sender.join()
-    reader.join()
-    assert seen == [b"0 %d\n" % value for value in range(3000)]
-    assert visits > 0
+    assert sent > 20
+    assert [process.stdout.readline() for _ in range(sent)] == [b"0 %d\n" % value for value in range(sent)]
 
 
 def as_nobody(function) -> str:
@@ -622,8 +624,11 @@ def test_use_from_another_thread_is_told(running) -> None:
 # -- memory ---------------------------------------------------------------------------------------------
 @pytest.fixture
 def held(running):
-    """A stopped process."""
-    with attach(running("sleep", "60").pid) as target:
+    """A stopped process that was asleep."""
+    process = running("sleep", "60")
+    asleep = ("35 ", "230 ")  # nanosleep, clock_nanosleep
+    settled(lambda: Path(f"/proc/{process.pid}/syscall").read_text().startswith(asleep), "it does not sleep")
+    with attach(process.pid) as target:
         yield target
 
 
@@ -940,3 +945,52 @@ def test_a_closed_memory_file_is_not_reused() -> None:
     memory.close()
     with pytest.raises(Fault):
         memory.read(4096, 1)
+
+
+# -- the contract ---------------------------------------------------------------------------------------
+ANSWER_42 = bytes.fromhex("b82a000000 c3")  # mov $42, %eax; ret
+
+
+def prober(path: Path):
+    """What the conformance suite must know of ``live/poll.c``."""
+    with path.open("rb") as stream:
+        names = {s.name: s["st_value"] for s in ELFFile(stream).get_section_by_name(".symtab").iter_symbols()}
+
+    def probe(target: ProcessTarget) -> Probe:
+        bias = target.modules()[0].bias
+
+        def rounds() -> int:
+            return int.from_bytes(target.read(bias + names["rounds"], 8), "little")
+
+        def observe() -> int:
+            target.stop()
+            before = rounds()
+            target.resume()
+            settled(lambda: rounds() >= before + 2, "it does not run")
+            target.stop()
+            return int.from_bytes(target.read(bias + names["given"], 8), "little")
+
+        return Probe(bias + names["answer"], ANSWER_42, observe, ptrace.REGS[:15])
+
+    return probe
+
+
+@pytest.mark.parametrize("how", ["spawned", "attached"])
+def test_every_rule_of_the_contract_holds(build, running, how: str) -> None:
+    program = build(LIVE / "poll.c", opt="-O1")
+    spawned_ones = []
+
+    def make() -> ProcessTarget:
+        if how == "attached":
+            process = running(program, "tell")
+            assert process.stdout.readline() == b"ready\n"
+            return attach(process.pid)
+        spawned_ones.append(spawn([program]))
+        return spawned_ones[-1]
+
+    results = check_target(make, prober(program))
+    for target in spawned_ones:
+        os.kill(target.pid, signal.SIGKILL)
+        os.waitpid(target.pid, 0)
+    assert len(results) >= 18
+    assert [(r.name, r.reason) for r in results if r.verdict != "passed"] == []

@@ -12,8 +12,8 @@ All calls must come from the thread that called :func:`attach`, :func:`spawn` or
 the kernel lets no other thread of this process use ptrace on the target. Reading and writing memory, ``mappings``
 and ``modules`` are free of this, also while the target runs.
 
-Code needs no synchronisation here (``code_sync`` is None): code is patched while every thread is stopped, and a
-thread comes back from the kernel through an instruction that serialises (SDM volume 3, 9.1.3 and 9.3).
+Synchronising code takes nothing but a stopped process: a thread comes back from the kernel through an instruction
+that serialises (IRET; SDM volume 3, 9.1.3 and 9.3), so it sees whatever was written before.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class ProcessTarget(Target):
     allocator: ProcessAllocator
     shared: ProcessShared
     stepper: ProcessTarget
+    code_sync: ProcessTarget
 
     def __init__(self, pid: int, held: dict[int, Event], *, child: bool, identity: Identity | None = None) -> None:
         self.pid = pid
@@ -87,7 +88,7 @@ class ProcessTarget(Target):
         self._injector = Injector(self._memory, self._held)
         self.allocator = ProcessAllocator(self._injector, self._check_held, self._tid)
         self.shared = ProcessShared(self._injector, self._check_held, self._tid)
-        self.stepper = self
+        self.stepper = self.code_sync = self
 
     def __enter__(self) -> ProcessTarget:
         return self
@@ -98,10 +99,12 @@ class ProcessTarget(Target):
     # -- memory -----------------------------------------------------------------------------------
     def read(self, at: int, size: int) -> bytes:
         """Read exactly `size` bytes. Raises Fault, Gone."""
+        self._check_open()
         return self._memory.read(at, size)
 
     def write(self, at: int, data: bytes) -> None:
         """Write `data`, through page protection (code included). Raises Fault, Gone."""
+        self._check_open()
         self._memory.write(at, data)
 
     def write_many(self, writes: Iterable[tuple[int, bytes]]) -> None:
@@ -111,6 +114,10 @@ class ProcessTarget(Target):
         """
         self._check_held()
         self._memory.write_many(writes)
+
+    def sync(self, at: int, size: int) -> None:  # noqa: ARG002  # where does not matter: every thread is stopped
+        """Make written code seen by every thread (ability: CodeSync); they must all be stopped."""
+        self._check_held()
 
     def mappings(self) -> list[Range]:
         """All mapped ranges in address order. Raises Gone."""
@@ -123,6 +130,7 @@ class ProcessTarget(Target):
     # -- threads ----------------------------------------------------------------------------------
     def threads(self) -> list[int]:
         """Thread ids, the first one first; while stopped, those that are held. Raises Gone."""
+        self._check_open()
         if not self._held:
             return procfs.tids(self.pid)
         return sorted(self._held, key=lambda tid: (tid != self.pid, tid))
@@ -237,8 +245,7 @@ class ProcessTarget(Target):
         if self._held:
             self._check_owner()
             return
-        if self._closed:
-            raise EngineBug("the target was closed")
+        self._check_open()
         self._check_alive()
         self._owner = threading.get_native_id()
         try:
@@ -273,8 +280,7 @@ class ProcessTarget(Target):
         if self._held:
             raise EngineBug(f"waiting for process {self.pid}, which is stopped")
         if self._last is None:
-            if self._pidfd < 0:
-                raise EngineBug("the target was closed")
+            self._check_open()
             if not self._ended(timeout):
                 return None
             self._reap()
@@ -310,6 +316,7 @@ class ProcessTarget(Target):
     # -- within -----------------------------------------------------------------------------------
     def _tid(self) -> int:
         """A thread whose /proc entry has memory: the first one, unless it has ended before the others."""
+        self._check_open()
         if self._held:
             return self.pid if self.pid in self._held else next(iter(self._held))
         for tid in procfs.tids(self.pid):
@@ -324,7 +331,12 @@ class ProcessTarget(Target):
                 hint="ptrace works from one thread only: do all of it there",
             )
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Gone(f"process {self.pid} was let go for good")
+
     def _check_held(self) -> None:
+        self._check_open()
         if not self._held:
             raise EngineBug(f"process {self.pid} must be stopped for this")
         self._check_owner()
