@@ -16,7 +16,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from fentry.errors import AskedWrong, Denied, EngineBug, Fault, Gone, OutOfReach, TargetRefused, Unsupported
-from fentry.target import Stop, procfs, ptrace
+from fentry.target import Stop, halt, procfs, ptrace
 from fentry.target.memory import Memory
 from fentry.target.process import ProcessTarget, attach, spawn
 from fentry.testing.target import Probe, check_target
@@ -533,6 +533,23 @@ def test_exec_between_visits(running, live, again: str) -> None:
     target.close()
 
 
+def test_attach_while_a_thread_cannot_be_stopped(running, live, monkeypatch) -> None:
+    """A parent that waits for its vfork child cannot be stopped: refused before anything is done; later possible."""
+    process = running(live("crowd.c"), "vfork", "2")
+    assert echoes(process)
+    settled(lambda: "D" in {procfs.state(tid) for tid in procfs.tids(process.pid)}, "nobody waits for a child")
+    monkeypatch.setattr(halt, "PATIENCE", 0.05)
+    with pytest.raises(TargetRefused, match="cannot be stopped"):
+        attach(process.pid)
+    assert {procfs.status(tid)["TracerPid"] for tid in procfs.tids(process.pid)} == {"0"}
+    assert echoes(process)
+    assert echoes(process, b"g")
+    settled(lambda: "D" not in {procfs.state(tid) for tid in procfs.tids(process.pid)}, "it waits still")
+    with attach(process.pid) as target:
+        assert target.syscall(39) == process.pid
+    assert echoes(process)
+
+
 def test_exec_of_the_same_program_is_noticed(running, live) -> None:
     program = live("echo.c")
     process = running(program, "exec", program, "exec")
@@ -890,6 +907,30 @@ def test_program_without_code_to_borrow(running, tmp_path, tool) -> None:
             target.allocator.unmap(at, 4096)
         assert echoes(process)
     assert picture(process.pid) == before
+
+
+@pytest.mark.parametrize("which", ["bare", "coroutine"])
+def test_a_tracer_killed_at_any_step_of_unusual_programs(running, live, tmp_path, tool, which: str) -> None:
+    """Where code must be lent to the program, and where the frame lies amid other memory."""
+    if which == "bare":
+        subprocess.run([tool("gcc"), "-nostdlib", "-static", LIVE / "bare.S", "-o", tmp_path / "bare"], check=True)
+        process = running(tmp_path / "bare")
+    else:
+        process = running(live("echo.c"), "coroutine")
+    assert echoes(process)
+
+    def work() -> None:
+        with attach(process.pid) as target:
+            target.syscall(39)
+            target.allocator.unmap(target.allocator.map(4096, "rw-"), 4096)
+
+    for after in (False, True):
+        step = 1
+        while die_at(work, step, after=after):
+            assert echoes(process)
+            step += 1
+        assert step > 25
+    assert echoes(process)
 
 
 def test_restartable_sequence_is_aborted_as_the_kernel_would(running, live) -> None:

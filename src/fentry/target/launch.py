@@ -134,7 +134,7 @@ def launch(
         ptrace.request(ptrace.SETOPTIONS, pid, 0, ptrace.O_TRACESYSGOOD)
         return pid, held
     except BaseException:
-        _end(pid)
+        end(pid)
         raise
     finally:
         os.close(go)
@@ -289,7 +289,7 @@ def _ended(event: Event, path: str) -> Gone:
     return Gone(f"{path} {how} before it reached its entry point", status=status, hint="does it run without fentry?")
 
 
-def _end(pid: int) -> None:
+def end(pid: int) -> None:
     """Kill and reap a child that never got to run."""
     try:
         os.kill(pid, signal.SIGKILL)

@@ -38,7 +38,7 @@ from fentry.target.room import ProcessAllocator, ProcessShared
 
 _ELF_MACHINE = 62  #: of the instruction set whose registers and frames ptrace.py and inject.py know
 _BY_EXEC = "replaced its program by exec"
-_STEP_PATIENCE = 2.0  #: seconds until a stepped system call is taken for one that waits
+_STEP_PATIENCE = 1.0  #: seconds until a stepped system call is taken for one that waits
 _TRAP = 1 << signal.SIGTRAP - 1
 #: signals that an instruction causes itself; blocking them would make the kernel reset their handlers
 _SYNCHRONOUS = (signal.SIGTRAP, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGSYS)
@@ -416,7 +416,11 @@ def spawn(
     """
     _check_host()
     pid, held = launch.launch(argv, env=env, cwd=cwd, streams=(stdin, stdout, stderr))
-    return ProcessTarget(pid, held, child=True)
+    try:
+        return ProcessTarget(pid, held, child=True)
+    except BaseException:
+        launch.end(pid)
+        raise
 
 
 def attach(pid: int) -> ProcessTarget:

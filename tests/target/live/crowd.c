@@ -1,5 +1,5 @@
 /* crowd MODE N: "still" N threads asleep, "churn" threads that are born and die all the time (N at once), "orphans" the
- * first thread ends and N others go on. A byte on standard input is answered by one on standard output. */
+ * first thread ends and N others go on, "vfork" another thread waits for its vfork child until that can read a byte. A byte on standard input is answered by one on standard output. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdlib.h>
@@ -30,12 +30,25 @@ static void *churn(void *arg)
 	return arg;
 }
 
+static int gate[2];
+
+static void *parent(void *arg)
+{
+	char byte;
+	if (vfork() == 0)
+		_exit(read(gate[0], &byte, 1) != 1);
+	return arg;
+}
+
 static void *answer(void *arg)
 {
 	char byte;
-	while (read(0, &byte, 1) == 1)
+	while (read(0, &byte, 1) == 1) {
+		if (byte == 'g' && write(gate[1], &byte, 1) != 1)
+			abort();
 		if (write(1, &byte, 1) != 1)
 			abort();
+	}
 	_exit(0);
 	return arg;
 }
@@ -48,6 +61,8 @@ int main(int argc, char **argv)
 	for (int i = 0; i < atoi(argv[2]); i++)
 		if (pthread_create(&thread, NULL, strcmp(argv[1], "churn") ? still : churn, NULL))
 			return 3;
+	if (!strcmp(argv[1], "vfork") && (pipe(gate) || pthread_create(&thread, NULL, parent, NULL)))
+		return 3;
 	if (strcmp(argv[1], "orphans"))
 		answer(NULL);
 	if (pthread_create(&thread, NULL, answer, NULL))
