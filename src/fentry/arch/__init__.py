@@ -214,6 +214,9 @@ class Arch(ABC):
         """Bytes that replace the sled: exactly ``sled.size`` of them.
 
         Args:
+            site: address of the bytes.
+            sled: what they are.
+            slot: address of the slot.
             balanced: the slot hooks the return (architecture D9), which decides call or jump.
 
         Raises: OutOfReach.
@@ -310,11 +313,8 @@ def load(name: str) -> Arch:
 @cache
 def all_archs() -> tuple[Arch, ...]:
     """Every architecture found in this folder."""
-    found = []
-    for info in pkgutil.iter_modules(__path__):
-        if info.ispkg:
-            found.append(importlib.import_module(f"{__name__}.{info.name}").ARCH)
-    return tuple(found)
+    names = [f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__) if info.ispkg]
+    return tuple(importlib.import_module(name).ARCH for name in names)
 
 
 def by_elf_machine(machine: int, bits: int) -> Arch:

@@ -51,11 +51,11 @@ Exit status: the program's; 1 if tracing failed; 2 if the request cannot be righ
 class Verbs(click.Group):
     """Commands found by name in this folder."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+    def list_commands(self, ctx: click.Context) -> list[str]:  # click's signature
         """Names of verbs."""
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  # click's signature
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # click's signature
         """Give a verb."""
         return load(cmd_name) if cmd_name in VERBS or cmd_name == GRAPH else None
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fentry.engine.census import Census, Site, Verdict
     from fentry.engine.island import Island, SlotTable
     from fentry.engine.ops import Op
-    from fentry.program.ir import Layout
+    from fentry.program.context import Layout
 
 #: where things are in the made-up target
 _DATA = 0x7F00_0000_0000
@@ -101,7 +101,7 @@ def describe(taken: Census, verdict: Verdict, tracer: str, *, foreign: bool, ver
     sled = verdict.sled
     op = load(tracer).op(Options(), clock="icount" if foreign else "tsc")
     start, end = _bounds(taken)
-    (site,) = census.sites(taken, Module(taken.module, image.path, image.path, 0, start, end, main=True), [verdict])
+    (site,) = census.sites(Module(taken.module, image.path, image.path, 0, start, end, main=True), [verdict])
     island, table, layout = build(arch, site, op, (end + 0xFFFFFF) & ~0xFFFFFF, foreign=foreign)
     slot = table.slot(0)
     patched = _changed(arch, arch.arm(site.at, sled, slot, balanced=table.hooked), sled.idle, site.at)
@@ -145,7 +145,7 @@ def build(arch: Arch, site: Site, op: Op, at: int, *, foreign: bool) -> tuple[Is
     """Build the island of one site, for a target that does not exist, at `at`."""
     from fentry.arch import ReturnPlane
     from fentry.engine import island as islands
-    from fentry.program.ir import COUNTER, Layout
+    from fentry.program.context import COUNTER, Layout
 
     low, size = arch.dialect.stack_window or _STACKS
     layout = Layout(

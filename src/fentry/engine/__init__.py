@@ -25,10 +25,10 @@ from fentry.engine import patch, restore, unwind
 from fentry.engine.census import Site
 from fentry.engine.island import Island, SlotTable, build, code_size, group, room_for
 from fentry.engine.ops import Op
-from fentry.errors import AskedWrong, CannotHere, EngineBug, TargetRefused, TraceError
+from fentry.errors import AskedWrong, CannotHere, EngineBug, Gone, TargetRefused, TraceError
 from fentry.program.compile import compile_text
-from fentry.program.ir import CONTEXT, COUNTER, NO_KEY, Layout
-from fentry.record import layout as L
+from fentry.program.context import CONTEXT, COUNTER, NO_KEY, Layout
+from fentry.record import layout as ring_layout
 from fentry.record.layout import Policy, Table
 from fentry.record.ring import Region
 from fentry.target import Mapping, Target, need
@@ -172,7 +172,7 @@ class Engine:
         meta = self._journal.meta
         self._note(at, size)
 
-        size = L.region_size(self.rings, self.ring_size)
+        size = ring_layout.region_size(self.rings, self.ring_size)
         region_at, view = shared.share(size, "fentry.rings")
         self._note(region_at, size)
         meta.region = (region_at, size)
@@ -181,13 +181,13 @@ class Engine:
         size = self.rings * CONTEXT + target.page  # one more: all zero, where a thread begins
         table = not self.arch.dialect.segment
         # a table of contexts is addressed on every event: one instruction makes a low address
-        low = {"near": 1 << 30, "reach": (1 << 30) - (1 << 16)} if table else {}
-        contexts = allocator.map(size, "rw-", name="wipeonfork", **low)
+        near, reach = (1 << 30, (1 << 30) - (1 << 16)) if table else (None, 0)
+        contexts = allocator.map(size, "rw-", name="wipeonfork", near=near, reach=reach)
         self._note(contexts, size)
         meta.context = (contexts, size)
         if table:
             blank = NO_KEY.to_bytes(8, "little").ljust(CONTEXT, b"\0")
-            target.write(contexts, blank * self.rings)
+            target.write(contexts, blank * self.rings)  # house: data, contexts that belong to nobody
 
         shadow = plane_step = 0
         if any(op.exit for op in ops):
@@ -402,7 +402,7 @@ class Engine:
             if d.thread_register and self.target.regs(tid)[d.thread_register] == 0:
                 # a static program before its TLS is set up: lend it a block whose first word points to itself
                 lent = empty + 2048
-                self.target.write(lent, struct.pack("<Q", lent))
+                self.target.write(lent, struct.pack("<Q", lent))  # house: data, a thread block
                 self._journal.meta.tls = lent
                 self._journal.save()
                 change[d.thread_register] = lent
@@ -457,7 +457,6 @@ class Engine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        from fentry.errors import Gone
 
         with suppress(Gone):
             self.close()

@@ -1,13 +1,13 @@
 """The census: every function of a module with exactly one verdict, the form chosen or the reason why not.
 
-Decided from the file alone, before any target exists; the same verdicts serve ``fentry list``, ``fentry explain`` and the
-engine, which checks the target's memory against them before it writes.
+Decided from the file alone, before any target exists; the same verdicts serve ``fentry list``, ``fentry explain`` and
+the engine, which checks the target's memory against them before it writes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,7 +142,10 @@ def take(image: Image, module: str = "", *, main: bool = False) -> Census:
             continue
         hint = hints.get(f.address)
         if hint is not None:
-            found = arch.sled_at(_code(image, hint.address, 32), hint.kind)
+            kind = hint.kind
+            if kind == "nop" and hint.address == f.address + arch.landing_pad(_code(image, f.address, 8)):
+                kind = "fentry"  # a recorded nop at the entry stands for a call at the entry
+            found = arch.sled_at(_code(image, hint.address, 32), kind)
             if isinstance(found, Sled):
                 judge(f, found, hint.address, "")
                 continue
@@ -198,7 +201,7 @@ def _without_sled(
             judge(f, None, f.address, "not in executable memory")
 
 
-def _reader(image: Image) -> object:
+def _reader(image: Image) -> Callable[[int, int], bytes]:
     def read(at: int, size: int) -> bytes:
         try:
             return image.read(at, size)
@@ -229,7 +232,7 @@ class Site:
         return self.verdict.sled
 
 
-def sites(census: Census, module: Module, verdicts: Iterable[Verdict]) -> list[Site]:
+def sites(module: Module, verdicts: Iterable[Verdict]) -> list[Site]:
     """Place verdicts in a target where `module` is loaded; those without a form are left out."""
     return [
         Site(v, module, v.site + module.bias, v.function.address + module.bias) for v in verdicts if v.sled is not None

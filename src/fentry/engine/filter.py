@@ -3,7 +3,8 @@ r"""Filters: which functions are meant. The kernel's glob grammar, and ``BIN:fun
 Grammar of one pattern (kernel/trace/ftrace.c ``filter_parse_regex``, lib/glob.c):
 
 * ``name`` exact; ``name*`` prefix; ``*name`` suffix; ``*name*`` substring; any other use of ``*``, or any of
-  ``? [ \\``, is a full glob: ``*`` any run, ``?`` one character, ``[a-z]`` a class, ``[!x]`` its negation, ``\\`` quotes;
+  ``? [ \\``, is a full glob: ``*`` any run, ``?`` one character, ``[a-z]`` a class, ``[!x]`` its negation, ``\\``
+  quotes;
 * a leading ``!`` takes the matching functions out again;
 * a pattern that begins with a digit is a 1-based index into the list of functions (decimal, 0x or 0 octal);
 * ``pattern:mod:module`` (kernel), ``module:pattern`` and ``module!pattern`` restrict it to modules that match.
@@ -138,8 +139,8 @@ def matcher(glob: str) -> Callable[[str], bool]:
     return lambda name: compiled.fullmatch(name) is not None
 
 
-def _module_matches(glob: str, module: str) -> bool:
-    # "libc" finds libc.so.6 and "libfoo.so" finds libfoo.so.1: what people type
+def module_matches(glob: str, module: str) -> bool:
+    """Tell whether a module is meant; "libc" finds libc.so.6, and "libfoo.so" finds libfoo.so.1."""
     if matcher(glob)(module):
         return True
     return not any(c in glob for c in "*?[\\") and module.startswith(glob + ".")
@@ -157,7 +158,7 @@ def _match(pattern: Pattern, functions: Sequence[Named]) -> list[int]:
 
     if pattern.module:
         modules = {f.module for f in functions}
-        wanted = {m for m in modules if _module_matches(pattern.module, m)}
+        wanted = {m for m in modules if module_matches(pattern.module, m)}
         if not wanted:
             raise NothingMatched(
                 f"{pattern.text!r}: no module matches {pattern.module!r}",

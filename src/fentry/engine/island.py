@@ -15,7 +15,8 @@ from fentry.engine.ops import Op, Programs, marks, specialise
 from fentry.engine.unwind import PHDR_INFO_ROOM, Object, phdr_info
 from fentry.errors import EngineBug
 from fentry.program.compile import Blob, compile_programs
-from fentry.program.ir import Layout, Spec
+from fentry.program.context import Layout
+from fentry.program.ir import Spec
 from fentry.record.layout import Kind, Table
 
 #: bytes set aside for the displaced instructions of one site: 5 to 19 bytes that may grow, and a jump
@@ -166,9 +167,11 @@ def build(
         arch: of the target.
         layout: the session's addresses.
         tables: from :func:`group`; their bases are set here.
-        at, size: the mapping.
+        at: address of the mapping.
+        size: bytes of it.
         plane: the shadow stack, if any table hooks returns.
-        personality, resume_unwind: the target's __gcc_personality_v0 and _Unwind_Resume, or 0.
+        personality: the target's __gcc_personality_v0, or 0.
+        resume_unwind: its _Unwind_Resume, or 0.
     """
     blob_room = _up(max(code_size(arch, layout, tables), 1) * 5 // 4, 4096)
     cursor = at + blob_room + 4096  # a page for constants

@@ -52,7 +52,9 @@ def specialise(op: Op, dialect: Dialect, form: str, *, hooked: bool, base: int, 
         dialect: of the target's architecture.
         form: form of the sled.
         hooked: the slot hooks the return (for this op or another).
-        base, shift, row: the slot table and its first counter row.
+        base: address of the slot table.
+        shift: log2 of its stride.
+        row: its first counter row.
     """
 
     def fit(spec: Spec | None, parent: Parent = Parent.NONE, **change: object) -> Spec | None:

@@ -17,7 +17,7 @@ from fentry.arch import Arch, load
 from fentry.engine import patch
 from fentry.engine.journal import META_ROOM, NAME, Entry, Meta, parse
 from fentry.errors import Fault, PatchMismatch, TargetRefused
-from fentry.record import layout as L
+from fentry.record import layout as ring_layout
 from fentry.target import Mapping, Target
 
 #: how long we wait for threads to leave our code
@@ -77,7 +77,7 @@ def _switch_off(target: Target, meta: Meta) -> None:
     """Tell programs that wait for room not to."""
     at, size = meta.region
     if size:
-        target.write(at + L.R_OFF, (1).to_bytes(8, "little"))
+        target.write(at + ring_layout.R_OFF, (1).to_bytes(8, "little"))  # house: data, a switch in the ring header
 
 
 def _lend_back(target: Target, arch: Arch, meta: Meta) -> None:
@@ -109,9 +109,8 @@ def _unhook_frames(target: Target, meta: Meta) -> int:
     """Put the return addresses of hooked frames back where they belong.
 
     On an architecture with return slots a frame's return address lies on the stack at p while its original lies at
-    p + shadow; so every word of a touched shadow page that stands over a hook's address names a frame, on whatever stack.
-    Elsewhere the callee has saved its link register wherever it liked: every stack word that is a hook is looked up
-    by walking the frames' shadow entries upwards from it.
+    p + shadow; so every word of a touched shadow page that stands over a hook's address names a frame, on whatever
+    stack.
     """
     if not meta.hooks or not meta.size:
         return 0
@@ -125,7 +124,8 @@ def _unhook_frames(target: Target, meta: Meta) -> int:
             except Fault:
                 continue
             for i in np.flatnonzero(hooked(stack, meta) & (shadow != 0)):
-                target.write(lo - meta.shadow + 8 * int(i), int(shadow[i]).to_bytes(8, "little"))
+                original = int(shadow[i]).to_bytes(8, "little")
+                target.write(lo - meta.shadow + 8 * int(i), original)  # house: data, a return address on a stack
                 put += 1
     return put
 

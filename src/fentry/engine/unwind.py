@@ -1,8 +1,8 @@
 """Make unwinders see through hooked frames, without calling anything in the target.
 
 Every unwinder on Linux finds call frame information through one of two functions of the C library:
-``_dl_find_object`` (glibc >= 2.35; libgcc >= 12 asks it first) and ``dl_iterate_phdr`` (libgcc before, nongnu libunwind,
-LLVM libunwind, backtrace()). Both get an entry jump to a small generated function that knows our islands:
+``_dl_find_object`` (glibc >= 2.35; libgcc >= 12 asks it first) and ``dl_iterate_phdr`` (libgcc before, nongnu
+libunwind, LLVM libunwind, backtrace()). Both get an entry jump to a small generated function that knows our islands:
 
 * ``_dl_find_object(pc, result)``: fills the result if pc lies in an island, else goes on to the original;
 * ``dl_iterate_phdr(callback, data)``: the original first, then one more call of the callback for each island.

@@ -1,0 +1,1 @@
+"""Programs: what runs at a hook, described once as LLVM IR and compiled for the target."""

@@ -19,7 +19,8 @@ import llvmlite.binding as llvm
 
 from fentry.arch import Arch
 from fentry.errors import EngineBug
-from fentry.program.ir import Layout, Module, Spec
+from fentry.program.context import Layout
+from fentry.program.ir import Module, Spec
 
 #: bump when the meaning of a cached blob changes
 CACHE_VERSION = 1
@@ -142,8 +143,8 @@ def cache_dir() -> Path | None:
 
     The blobs run inside other processes: a directory that others can write is not used.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(base) / "fentry" / "code"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = Path(base).expanduser() / "fentry" / "code"
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         info = path.stat()

@@ -158,7 +158,7 @@ class Target(ABC):
         """Page ranges inside [start, end) that were ever written; a target that cannot tell gives all of it."""
         return [(start, end)] if start < end else []
 
-    def set_arena(self, *ranges: tuple[int, int]) -> None:
+    def set_arena(self, *ranges: tuple[int, int]) -> None:  # noqa: B027 - a target without such a clock ignores it
         """Tell which [start, end) ranges hold the tracer's code; a target with a virtual clock keeps it apart."""
 
     @abstractmethod

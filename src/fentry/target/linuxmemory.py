@@ -112,8 +112,10 @@ class Memory:
             raise OSError(errno.ENOMEM, "no memory") from None
 
     def sys_mmap(self, at: int, size: int, prot: int, flags: int, fd: int, offset: int) -> int:
-        if not size or offset % PAGE or size > TASK_SIZE:
+        if not size or offset % PAGE:
             raise OSError(errno.EINVAL, "bad length or offset")
+        if size > TASK_SIZE:
+            raise OSError(errno.ENOMEM, "too long")
         size, path = _pages(size), ""
         source = -1
         if not flags & _ANONYMOUS:
@@ -165,6 +167,8 @@ class Memory:
         region = self.space.at(at)
         if region is None or self.space.covered(at, old) < old or not old:
             raise Fault(at, old)
+        if any((r.perms, r.path) != (region.perms, region.path) for r in self.space.within(at, at + old)):
+            raise Fault(at, old)  # several mappings at once cannot be moved
         if not fixed:
             if new <= old:
                 if new < old:

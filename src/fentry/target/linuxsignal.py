@@ -24,7 +24,7 @@ _INFO = 128  #: sizeof(siginfo_t)
 _SA_SIGINFO, _SA_ONSTACK, _SA_NODEFER, _SA_RESETHAND = 4, 0x08000000, 0x40000000, 0x80000000
 
 
-class Ended(Exception):  # noqa: N818 - an end is not always an error
+class Ended(Exception):
     """The program is over. Fields are those of a Stop.
 
     Args:

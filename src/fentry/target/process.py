@@ -115,7 +115,7 @@ class ProcessTarget(Target):
         self._check_held()
         self._memory.write_many(writes)
 
-    def sync(self, at: int, size: int) -> None:  # noqa: ARG002  # where does not matter: every thread is stopped
+    def sync(self, at: int, size: int) -> None:  # where does not matter: every thread is stopped
         """Make written code seen by every thread (ability: CodeSync); they must all be stopped."""
         self._check_held()
 

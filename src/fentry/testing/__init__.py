@@ -1,0 +1,1 @@
+"""Conformance suites for targets, exporters and their like: shipped, so that a port can be checked anywhere."""

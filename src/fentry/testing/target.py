@@ -49,7 +49,7 @@ class Result:
     reason: str = ""
 
 
-class _Broken(Exception):  # noqa: N818 - a broken rule is a result, not an error
+class _Broken(Exception):
     """A rule does not hold; the message says what was seen."""
 
 

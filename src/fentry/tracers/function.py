@@ -14,7 +14,7 @@ class Function(Tracer):
     summary = "each call, with its caller"
     options = frozenset({"parent"})
 
-    def op(self, options: Options, *, clock: str) -> Op:  # noqa: ARG002 - the contract's signature
+    def op(self, options: Options, *, clock: str) -> Op:
         """Give the op."""
         self.check(options)
         return Op("function", entry=Spec("function"), parent=options.parent)

@@ -14,7 +14,7 @@ class Nop(Tracer):
     summary = "hook functions and do nothing"
     events = False
 
-    def op(self, options: Options, *, clock: str) -> Op:  # noqa: ARG002 - the contract's signature
+    def op(self, options: Options, *, clock: str) -> Op:
         """Give the op."""
         self.check(options)
         return Op("nop", entry=Spec("nop", record=False))

@@ -1,7 +1,7 @@
 """A session: a target, what is traced in it and how, from the first stop to the last event.
 
-This is where the parts meet: the census of the loaded modules, the filters, the engine, the drain, the trace directory. The
-command line and the Python API are thin above it.
+This is where the parts meet: the census of the loaded modules, the filters, the engine, the drain, the trace directory.
+The command line and the Python API are thin above it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fentry.engine import Engine, Site, census, filter, restore, unwind
+from fentry.engine import Engine, Site, census, restore, unwind
+from fentry.engine import filter as filters
 from fentry.engine.census import Census, Verdict
 from fentry.errors import AskedWrong, BadImage, Gone, NothingMatched
 from fentry.image import Image
-from fentry.program.ir import COUNTER, K_HITS, K_MAX, K_MIN, K_SELF, K_TOTAL
+from fentry.program.context import COUNTER, K_HITS, K_MAX, K_MIN, K_SELF, K_TOTAL
 from fentry.record.event import Clock
 from fentry.record.layout import Policy
 from fentry.record.ring import Drainer, RingInfo
@@ -152,20 +153,20 @@ class Session:
     def choose(self) -> list[Site]:
         """Apply the filters: the sites to hook. Raises NothingMatched, AskedWrong."""
         modules = self.target.modules()
-        patterns = [filter.parse(p) for p in self.plan.wanted]
+        patterns = [filters.parse(p) for p in self.plan.wanted]
         everything = any(p.index for p in patterns)
         wanted = [m for m in modules if m.main or everything]
         for p in patterns:
             if p.module:
-                wanted += [m for m in modules if filter._module_matches(p.module, m.name) and m not in wanted]
+                wanted += [m for m in modules if filters.module_matches(p.module, m.name) and m not in wanted]
         verdicts = self._verdicts(wanted)
         try:
-            chosen = filter.select(verdicts, self.plan.wanted, self.plan.unwanted)
+            chosen = filters.select(verdicts, self.plan.wanted, self.plan.unwanted)
         except NothingMatched:
             if len(wanted) == len(modules):
                 raise
             verdicts = self._verdicts(modules)
-            chosen = filter.select(verdicts, self.plan.wanted, self.plan.unwanted)
+            chosen = filters.select(verdicts, self.plan.wanted, self.plan.unwanted)
         refused = [verdicts[i] for i in chosen if verdicts[i].sled is None]
         if chosen and len(refused) == len(chosen):
             reasons = sorted({v.reason for v in refused})
@@ -186,8 +187,7 @@ class Session:
         sites: dict[int, Site] = {}
         for module in modules:
             if module.name in by_module and module.path in self.censuses:
-                _, taken = self.censuses[module.path]
-                for site in census.sites(taken, module, by_module[module.name]):
+                for site in census.sites(module, by_module[module.name]):
                     sites.setdefault(site.at, site)
         self.sites = [sites[at] for at in sorted(sites)]
         return self.sites
@@ -233,12 +233,15 @@ class Session:
                     taken = self.census(m)
                     verdict = taken.find(name) if taken else None
                     if verdict is not None and verdict.sled is not None:
-                        found[name] = census.sites(taken, m, [verdict])[0]  # type: ignore[arg-type]  # taken is set
+                        found[name] = census.sites(m, [verdict])[0]
         return found
 
     # -- running ------------------------------------------------------------------------------------------
     def start(self) -> None:
-        """Hook everything and let the target run. Raises what choose and the engine raise; the target is then unhooked."""
+        """Hook everything and let the target run.
+
+        Raises: what :meth:`choose` and the engine raise; the target is then what it was.
+        """
         plan = self.plan
         hz = 1e9 if self.engine.clock != "tsc" else hostclock.hz()
         options = Options(
@@ -365,10 +368,8 @@ class Session:
     # -- waiting and ending ---------------------------------------------------------------------------------
     def wait(self, timeout: float | None = None) -> Stop | None:
         """Wait until the target ends, or `timeout` seconds; gives its end, or None."""
-        if self.target.sliced:
-            stop = self._run(timeout)
-        else:
-            stop = self.target.wait(timeout)  # type: ignore[attr-defined]  # every target that runs programs has it
+        wait = self._run if self.target.sliced else self.target.wait  # type: ignore[attr-defined]  # all that run have it
+        stop: Stop | None = wait(timeout)
         if stop is not None:
             self.outcome.stop = stop
         return stop

@@ -7,7 +7,8 @@ import pytest
 from fentry.arch import SlotPlan, SlotShape
 from fentry.arch.riscv64 import ARCH, facts
 from fentry.program.compile import compile_programs
-from fentry.program.ir import CONTEXT, Layout, Parent, Spec
+from fentry.program.context import CONTEXT, NO_KEY, Layout
+from fentry.program.ir import Parent, Spec
 from fentry.record import layout as ring
 from tests.arch.riscv64.guest import BUILDS, load_program, run_program
 from tests.arch.riscv64.machine import OFF, U64, Machine
