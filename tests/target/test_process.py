@@ -894,6 +894,18 @@ def test_stack_without_room(running, live) -> None:
     assert echoes(process)
 
 
+def test_program_that_handles_its_own_system_calls(running, live) -> None:
+    process = running(live("echo.c"), "dispatch")
+    process.stdin.write(b"a")
+    process.stdin.flush()
+    if process.stdout.read(1) != b"a":
+        assert process.wait() == 77
+        pytest.skip("this kernel has no syscall user dispatch (5.11)")
+    with attach(process.pid) as target, pytest.raises(Unsupported, match="syscall user dispatch"):
+        target.syscall(39)
+    assert echoes(process)
+
+
 def test_program_without_code_to_borrow(running, tmp_path, tool) -> None:
     program = tmp_path / "bare"
     subprocess.run([tool("gcc"), "-nostdlib", "-static", LIVE / "bare.S", "-o", program], check=True)

@@ -2,6 +2,7 @@
  *   filter     under a seccomp filter that kills for anything but read, write, exit_group and rt_sigreturn
  *   coroutine  on a stack of 64 KiB in the middle of other memory, which it checks each time
  *   tiny       on a stack in static memory with hardly any room
+ *   dispatch   with syscall user dispatch switched on (all calls allowed for now)
  *   exec       replaces itself by argv[2] at the byte 'x'
  *   fork       forks at the byte 'f'; the child tells what it finds at the address on its standard input, and ends
  */
@@ -84,6 +85,11 @@ int main(int argc, char **argv)
 		return 2;
 	if (!strcmp(argv[1], "filter"))
 		filter();
+	if (!strcmp(argv[1], "dispatch")) {
+		static char selector; /* SYSCALL_DISPATCH_FILTER_ALLOW */
+		if (prctl(59 /* PR_SET_SYSCALL_USER_DISPATCH */, 1, 0, 0, &selector))
+			return 77;
+	}
 	if (!strcmp(argv[1], "coroutine")) {
 		arena_size = 1 << 20;
 		arena = mmap(NULL, arena_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
