@@ -31,6 +31,8 @@ def session(machine, specs, clock="memory"):
     )
     machine.map(REGION, ring.region_size(NRINGS, RING))
     machine.map(CONTEXTS, NRINGS * CONTEXT)
+    for n in range(NRINGS):
+        machine.write(CONTEXTS + n * CONTEXT, struct.pack("<Q", NO_KEY))
     machine.write(CLOCK, struct.pack("<Q", 77))
     for n in range(NRINGS):
         machine.write(REGION + ring.PAGE + n * ring.RING_HEADER + ring.H_LIMIT, struct.pack("<Q", RING))
@@ -79,7 +81,7 @@ def test_entry_program_in_a_slot(spec):
         rows, lost = records(machine)
         assert lost == 0
         if spec.parent is Parent.NEXT:
-            assert rows.pop() == (before["ra"], ring.EXT_PARENT, 0)
+            assert rows.pop() == (before["ra"], 0, ring.EXT_PARENT)
             rows = rows[::2]
         assert rows[-1] == (77, bits(TOP - 16), SLOTS + layout.entry_marks[0])
         assert len(rows) == seed + 1
@@ -104,8 +106,8 @@ def test_graph_of_a_program(tmp_path, build):
     assert lost == 0
     open_, entries, value = [], 0, 0
     for a, stack, mark in rows:
-        if not mark:
-            assert stack == ring.EXT_RETVAL
+        if mark < ring.EXT_LIMIT:
+            assert (stack, mark) == (0, ring.EXT_RETVAL)
             value = a
             continue
         n, offset = divmod(mark - SLOTS, layout.stride)

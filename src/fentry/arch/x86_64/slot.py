@@ -2,9 +2,9 @@
 
 Register story. The psABI leaves r11 free at a function entry, and much more at an exit; but gcc's -fipa-ra (on from
 -O1, off only with -pg or patchable entries) lets a caller keep values in any register that a *known* callee does not
-touch. So everything is preserved but the flags, at entry and at exit. A program preserves everything but r11; the slot keeps that on the stack.
-The 128 bytes below rsp are ours: at a function's first instruction its red zone is still unused, and
-between its `ret` and the caller's next instruction it is dead.
+touch. So everything is preserved but the flags, at entry and at exit. A program preserves everything but r11; the slot
+keeps that on the stack. The 128 bytes below rsp are ours: at a function's first instruction its red zone is still
+unused, and between its `ret` and the caller's next instruction it is dead.
 
 In all slots, with S the address of the caller's return slot, a program's own return address lies at S - 16
 (armed by a call: S - 24), the saved r11 above it.
