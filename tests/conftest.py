@@ -22,6 +22,24 @@ from tests.programs.many import many as build_many
 CI = os.environ.get("CI") == "true"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run every cell of the build matrices, not a sample of them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "matrix: a cell of a build matrix that only --full runs")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out cells marked `matrix` unless asked for all; pytest's last line says how many were deselected."""
+    if config.getoption("full"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("matrix")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("matrix")]
+
+
 def unavailable(reason: str) -> NoReturn:
     """Skip with `reason`; fail instead where everything must be there."""
     if CI:

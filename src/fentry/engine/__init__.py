@@ -292,6 +292,8 @@ class Engine:
         with self._halted():
             spots = [self._map_code(size, near) for _, size, near in plans]
             lookup_spots = [self._map_code(_LOOKUP_ROOM, site.at) for _, site in lookups]
+        fresh = list(zip(spots, (size for _, size, _ in plans), strict=True))
+        fresh += [(at, _LOOKUP_ROOM) for at in lookup_spots]
         placed: dict[int, tuple[SlotTable, int, Island]] = {}
         for (tables, size, _), at in zip(plans, spots, strict=True):
             island = self._build(tables, at, size)
@@ -322,6 +324,7 @@ class Engine:
             try:
                 if first:
                     self._enter_threads()
+                patch.synchronise(self.target, fresh)
                 patch.move_threads(self.target, self.arch, moves)
                 patch.apply(self.target, changes, self._journal)
             except TraceError:

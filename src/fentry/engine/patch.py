@@ -78,10 +78,15 @@ def apply(target: Target, changes: Sequence[Change], journal: Journal | None) ->
 
 
 def write_new(target: Target, at: int, code: bytes) -> None:
-    """Fill memory that nobody executes yet (a fresh island)."""
+    """Fill memory that nobody executes yet (a fresh island); the target may run. Synchronise it before it is used."""
     target.write(at, code)
+
+
+def synchronise(target: Target, ranges: Sequence[tuple[int, int]]) -> None:
+    """Make new code in (start, size) ranges seen by every core; the target is stopped."""
     if target.code_sync is not None:
-        target.code_sync.sync(at, len(code))
+        for at, size in ranges:
+            target.code_sync.sync(at, size)
 
 
 def restore(target: Target, entries: Sequence[Entry]) -> list[PatchMismatch]:

@@ -17,7 +17,8 @@ files             read write readv writev pread64 pwrite64 lseek openat close du
 memory            brk mmap munmap mprotect mremap madvise: private; a writable shared mapping of a file
                   is ENODEV. Beyond the ``ram`` limit: ENOMEM.
 time              clock_gettime gettimeofday clock_getres nanosleep clock_nanosleep times getrusage:
-                  one instruction is one nanosecond, sleeping moves the clock on.
+                  one instruction is one nanosecond, sleeping moves the clock on. setitimer takes the
+                  profiling timer (of -pg), which never fires; any other is an error.
 signals           rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack kill tkill tgkill, and faults.
 one thread        exit exit_group set_tid_address set_robust_list futex (WAKE wakes nobody; a WAIT that
                   would wait for ever is an error) sched_yield sched_getaffinity membarrier
@@ -331,6 +332,12 @@ class LinuxAbi:
         if at:
             self._put(at, "<qq", *divmod(self._now(0) // 1000, 10**6))
         return self._put(zone, "<ii", 0, 0) if zone else 0
+
+    def sys_setitimer(self, which: int, new: int, old: int, *_: int) -> int:
+        # -pg starts the profiling timer; nothing here is sampled, so it never fires
+        if which != 2 and new and any(self._space.read(new, 32)):  # ITIMER_PROF
+            raise Unsupported(f"setitimer({which}): no timer fires here")
+        return self._put(old, "<4q", 0, 0, 0, 0) if old else 0
 
     def sys_clock_nanosleep(self, which: int, flags: int, at: int, *_: int) -> int:
         seconds, ns = struct.unpack("<qq", self._space.read(at, 16))

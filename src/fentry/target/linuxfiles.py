@@ -7,13 +7,16 @@ argument registers and return a number; an OSError becomes the negative error nu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import io
 import os
+import select
+import signal
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -84,6 +87,26 @@ def stream_file(stream: Stream, fd: int) -> OpenFile:
     if fd and isinstance(stream, Writer):
         return OpenFile(sink=stream)
     raise AskedWrong(f"{stream!r} cannot be standard {('input', 'output', 'error')[fd]}")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back a Ctrl-C: a call must not be half done when it comes."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def await_input(fd: int) -> None:
+    """Wait until a read of `fd` would not block; a Ctrl-C ends the wait with nothing read."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        with contextlib.suppress(ValueError):  # a number that select does not take: files with many others open
+            select.select([fd], [], [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Files:
@@ -202,6 +225,8 @@ class Files:
                 raise Fault(buffer, size, "write")
             if not size:
                 continue
+            if not total and at is None and file.fd >= 0:
+                await_input(file.fd)
             data = self._read_some(file, room, None if at is None else at + total)
             self.space.write(buffer, data)
             total += len(data)

@@ -32,7 +32,7 @@ from fentry.target import Module, Stop, Target
 from fentry.target.baremetal import Board
 from fentry.target.guestspace import Space
 from fentry.target.linuxabi import LinuxAbi, Program
-from fentry.target.linuxfiles import Stream
+from fentry.target.linuxfiles import Stream, uninterrupted
 from fentry.target.linuxmemory import MMAP_TOP, TASK_SIZE
 from fentry.target.linuxsignal import Ended, Signals
 from fentry.target.machine import Machine, machine_for
@@ -420,20 +420,24 @@ class UnicornTarget(Target):
         return None
 
     def _call(self, linux: LinuxAbi, pc: int) -> None:
-        """Do the system call at `pc`; the program counter is past it already unless it ends the program."""
-        machine = self._machine
-        regs = self.regs(1)
-        linux.signals.returned = False
-        try:
-            result = linux.call(regs[machine.call], tuple(regs[name] for name in machine.arguments), pc)
-        except (Ended, Unsupported):
-            self._retired.clear()
-            self._set_pc(pc)
-            raise
-        if not linux.signals.returned:
-            self.set_regs(1, {machine.arguments[0]: result})
-        self._retired.clear()
-        linux.signals.deliver()
+        """Do the system call at `pc`; the program counter is past it already unless it ends the program.
+
+        A Ctrl-C waits until it is done, except while input is awaited: then it is done again later.
+        """
+        machine, retired = self._machine, self._retired
+        with uninterrupted():
+            regs = self.regs(1)
+            linux.signals.returned = False
+            try:
+                result = linux.call(regs[machine.call], tuple(regs[name] for name in machine.arguments), pc)
+            except (Ended, Unsupported):
+                retired.clear()
+                self._set_pc(pc)
+                raise
+            if not linux.signals.returned:
+                self.set_regs(1, {machine.arguments[0]: result})
+            retired.clear()
+            linux.signals.deliver()
 
     def _bad_access(self, access: tuple[int, int, int], pc: int) -> None:
         kind, address, size = access
@@ -597,8 +601,8 @@ def load(
         ram: bytes of RAM of a bare board (128 MiB if not given), or the bytes that a Linux program may
             map, its stack and image not counted (1 GiB).
         arch: refuse anything but this instruction set, by kernel name.
-        abi: "linux", "bare", or "auto": bare if the file is ET_EXEC, everything in it lies at or above the address
-            where RAM begins on a board, and no note says that it is a Linux program (NT_GNU_ABI_TAG).
+        abi: "linux", "bare", or "auto": bare if the file is ET_EXEC, begins at or above the address where RAM
+            begins on a board, and no note says that it is a Linux program (NT_GNU_ABI_TAG).
         epoch: time of day at instruction 0, in seconds, for Linux programs.
 
     Raises: BadImage, AskedWrong (another architecture, a bad argument), Unsupported (dynamically linked).
@@ -613,7 +617,7 @@ def load(
     if abi not in ("auto", "linux", "bare"):
         raise AskedWrong(f"abi {abi!r}", hint="auto, linux, bare")
     if abi == "auto":
-        bare = image.fixed and not image.for_linux and min(s.start for s in image.segments) >= machine.board_base
+        bare = image.fixed and not image.for_linux and image.entry >= machine.board_base
         abi = "bare" if bare else "linux"
     if image.interpreter:
         raise Unsupported(
