@@ -8,7 +8,7 @@ in which threads that were caught inside our code run out of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,8 +55,8 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         report.frames += _unhook_frames(target, meta)
-        _lend_back(target, arch, meta)
-        if not patch.inside(target, arch, meta.code):
+        busy = set(patch.inside(target, arch, meta.code))
+        if not busy:
             break
         if time.monotonic() > deadline:
             report.left_mapped = "a thread is still inside fentry's code (stopped there, or below a signal handler)"
@@ -65,6 +65,7 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
         target.resume()
         time.sleep(0.001)  # there is no event to wait for
         target.stop()
+    _lend_back(target, arch, meta, keep=busy)
     if report.strange:
         report.left_mapped = "code that fentry did not write jumps somewhere it does not know"
     if not report.left_mapped and target.allocator is not None:
@@ -80,11 +81,16 @@ def _switch_off(target: Target, meta: Meta) -> None:
         target.write(at + ring_layout.R_OFF, (1).to_bytes(8, "little"))  # house: data, a switch in the ring header
 
 
-def _lend_back(target: Target, arch: Arch, meta: Meta) -> None:
-    """Clear segment bases (and a lent thread pointer) that are ours."""
+def _lend_back(target: Target, arch: Arch, meta: Meta, *, keep: Collection[int] = ()) -> None:
+    """Clear segment bases (and a lent thread pointer) that are ours.
+
+    Threads in `keep` are inside our programs, which reach their context through them.
+    """
     d = arch.dialect
     low, size = meta.context
     for tid in target.threads():
+        if tid in keep:
+            continue
         regs = target.regs(tid)
         change = {}
         if d.segment_register and size and low <= regs[d.segment_register] < low + size:
