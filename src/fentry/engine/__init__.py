@@ -456,6 +456,11 @@ class Engine:
         view = bytes(self._journal.view)
         self.report = restore.restore(self.target, *undo.parse(view))
 
+    def restore_other(self, target: Target) -> restore.Report:
+        """Undo our changes in another stopped target that inherited them by fork. Raises Gone."""
+        assert self._journal is not None
+        return restore.restore(target, *undo.parse(bytes(self._journal.view)))
+
     def __enter__(self) -> Engine:
         return self
 

@@ -106,6 +106,17 @@ def table_context(t: Text, lay: Layout, tp: str) -> str:
     return t.op(f"getelementptr i8, ptr inttoptr (i64 {lay.contexts} to ptr), i64 {offset}", "c")
 
 
+#: waits of 50 us (and the kernel's slack of another 50) before a silent host is taken for dead
+PATIENCE = 20_000
+
+
+def _sleep(t: Text, d: Dialect, spec: str) -> None:
+    """Wait 50 us; `spec` has room for a struct timespec (made once: the traced thread's stack may be small)."""
+    t.store(0, spec)
+    t.store(50_000, t.at(spec, 8))
+    t.snippet(d.syscall, nr=d.syscalls["nanosleep"], a=t.op(f"ptrtoint ptr {spec} to i64"), b=0, c=0, d=0)
+
+
 def acquire(d: Dialect, lay: Layout) -> str:
     """``ptr @acquire(i64 need)``: a context level that is this thread's, marked busy, with room for `need`.
 
@@ -113,6 +124,7 @@ def acquire(d: Dialect, lay: Layout) -> str:
     """
     t = Text()
     region = f"inttoptr (i64 {lay.region} to ptr)"
+    timespec = t.op("alloca { i64, i64 }, align 8", "ts")
 
     def lost(where: str, label: str) -> None:
         t.label(label)
@@ -158,7 +170,12 @@ def acquire(d: Dialect, lay: Layout) -> str:
     i = t.new("i")
     i2 = t.new("i")
     limit = 2 * lay.nrings if d.segment else 1
-    t.add(f"{i} = phi i64 [ 0, %claim ], [ {i2}, %next ]")
+    patient = lay.system_calls and bool(d.syscall)
+    tried, tried2 = t.new("tried"), t.new("tried")
+    retry = ", [ 0, %later ]" if patient else ""
+    t.add(f"{i} = phi i64 [ 0, %claim ], [ {i2}, %next ]{retry}")
+    if patient:
+        t.add(f"{tried} = phi i64 [ 0, %claim ], [ {tried}, %next ], [ {tried2}, %later ]")
     n = t.op(f"and i64 {t.op(f'add i64 {i}, {start}')}, {lay.nrings - 1}")
     row = t.op(f"mul i64 {n}, {ring_layout.RING_HEADER}")
     header = t.op(f"getelementptr i8, ptr {region}, i64 {t.op(f'add i64 {row}, {ring_layout.PAGE}')}", "h")
@@ -188,7 +205,22 @@ def acquire(d: Dialect, lay: Layout) -> str:
     t.add(f"{i2} = add i64 {i}, 1")
     more = t.op(f"icmp ult i64 {i2}, {limit}")
     t.add(f"br i1 {more}, label %scan, label %none")
-    lost(f"getelementptr (i8, ptr {region}, i64 {ring_layout.R_LOST})", "none")
+    t.label("none")
+    if patient:
+        # a host that drains frees the rings of threads that have ended; policy block waits for one
+        policy = t.load(f"getelementptr (i8, ptr {region}, i64 {ring_layout.R_POLICY})", volatile=True)
+        off = t.load(f"getelementptr (i8, ptr {region}, i64 {ring_layout.R_OFF})", volatile=True)
+        blocks = t.op(f"icmp eq i64 {policy}, {int(ring_layout.Policy.BLOCK)}")
+        wait = t.op(f"and i1 {blocks}, {t.op(f'icmp eq i64 {off}, 0')}")
+        t.add(f"{tried2} = add i64 {tried}, 1")
+        again = t.op(f"and i1 {wait}, {t.op(f'icmp ult i64 {tried2}, {PATIENCE}')}")
+        t.add(f"br i1 {again}, label %later, label %never")
+        t.label("later")
+        _sleep(t, d, timespec)
+        t.add("br label %scan")
+    else:
+        t.add("br label %never")
+    lost(f"getelementptr (i8, ptr {region}, i64 {ring_layout.R_LOST})", "never")
 
     t.label("got")
     spot = t.op(f"shl i64 {n}, {CONTEXT.bit_length() - 1}")
@@ -262,14 +294,11 @@ def acquire(d: Dialect, lay: Layout) -> str:
     t.add("ret ptr null")
     t.label("sleep")
     if lay.system_calls and d.syscall:
-        spec = t.op("alloca { i64, i64 }, align 8", "ts")
-        t.store(0, spec)
-        t.store(50_000, t.at(spec, 8))
-        t.snippet(d.syscall, nr=d.syscalls["nanosleep"], a=t.op(f"ptrtoint ptr {spec} to i64"), b=0, c=0, d=0)
+        _sleep(t, d, timespec)
     t.add(f"{w2} = add i64 {w}, 1")
     # nobody drains any more (2 s without a heartbeat): go on and count the losses rather than hang
-    patient = t.op(f"icmp ult i64 {w2}, 20000")
-    t.add(f"br i1 {patient}, label %waited, label %dead")
+    early = t.op(f"icmp ult i64 {w2}, {PATIENCE}")
+    t.add(f"br i1 {early}, label %waited, label %dead")
     t.label("dead")
     beat = t.load(beat_at, volatile=True)
     alive = t.op(f"icmp ne i64 {beat}, {beat0}")

@@ -263,6 +263,37 @@ class Region:
                 total += end - safe
         return total
 
+    @property
+    def short(self) -> bool:
+        """Fewer than a quarter of the rings are free."""
+        return int(np.count_nonzero(self._rings[:, _STATE])) > self.nrings * 3 // 4
+
+    def recycle(self, alive: Callable[[int, int], bool]) -> int:
+        """Free the rings of threads that have ended, once all of theirs is drained, for new threads to claim.
+
+        Call it from where :meth:`drain` is called. Policy overwrite keeps what its rings hold.
+
+        Args:
+            alive: tells whether thread `tid` of process `pid` still exists.
+
+        Returns: rings freed.
+        """
+        if self.policy is Policy.OVERWRITE:
+            return 0
+        freed = 0
+        for index in self.in_use:
+            info = self.info(index)
+            if not info.tid or not self._alive[index] or alive(info.pid, info.tid):
+                continue
+            if int(self._rings[index, _POS]) != int(self._tail[index]):
+                continue
+            self._rings[index, _LEVEL] = 0
+            self._rings[index, _PARENT] = index
+            self._rings[index, _OWNER] = 0
+            self._rings[index, _STATE] = 0  # last: from here on somebody else may claim it
+            freed += 1
+        return freed
+
     def discard(self) -> int:
         """Throw away what is in the rings and let blocked writers go on.
 
@@ -347,13 +378,19 @@ class Drainer:
     Args:
         region: the rings.
         sink: receives the bytes, on the drainer's thread.
+        alive: tells whether thread `tid` of `pid` exists; rings of those that do not are freed.
     """
 
     #: bytes per second that one thread of a target can record; sets the pauses
     FASTEST = 500e6
 
-    def __init__(self, region: Region, sink: Sink) -> None:
+    #: seconds between looks for rings of threads that have ended
+    RECYCLE = 0.05
+
+    def __init__(self, region: Region, sink: Sink, alive: Callable[[int, int], bool] | None = None) -> None:
         self.region = region
+        self._thread_alive = alive
+        self._recycled = 0.0
         self.error: Exception | None = None
         self.drained = 0  #: bytes given to the sink
         self._sink = sink
@@ -389,6 +426,9 @@ class Drainer:
         while not self._wake.is_set():
             now = time.monotonic()
             crowded = self.region.fill() > 0.25
+            if self._thread_alive is not None and (now - self._recycled > self.RECYCLE or self.region.short):
+                self._recycled = now
+                self.region.recycle(self._thread_alive)
             if crowded or now >= due:
                 moved = self._step(last=False)
                 pause = self._busy_pause if moved else min(pause * 1.5, self._idle_pause)

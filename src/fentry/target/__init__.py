@@ -158,6 +158,10 @@ class Target(ABC):
         """Page ranges inside [start, end) that were ever written; a target that cannot tell gives all of it."""
         return [(start, end)] if start < end else []
 
+    def relatives(self, name: str) -> list[Target]:
+        """Other running targets that inherited the region shared as `name` (forked children), stopped."""
+        return []
+
     def set_arena(self, *ranges: tuple[int, int]) -> None:  # noqa: B027 - a target without such a clock ignores it
         """Tell which [start, end) ranges hold the tracer's code; a target with a virtual clock keeps it apart."""
 

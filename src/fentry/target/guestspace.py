@@ -95,6 +95,9 @@ class Space:
         self.page = page
 
     # -- what is there ----------------------------------------------------------------------------
+    def __len__(self) -> int:
+        return len(self._regions)
+
     def __iter__(self) -> Iterator[Region]:
         return iter(self._regions)
 

@@ -26,6 +26,7 @@ from fentry.target.guestspace import Space
 PAGE = 4096
 CHUNK = 1 << 20  #: bytes moved between a file and the program at a time
 AT_FDCWD = -100
+MAX_FILES = 1024  #: descriptors of one program, as RLIMIT_NOFILE says
 
 
 def int32(value: int) -> int:
@@ -153,7 +154,9 @@ class Files:
             raise OSError(errno.EBADF, "no such descriptor") from None
 
     def _new_fd(self, file: OpenFile, low: int = 0) -> int:
-        fd = next(n for n in range(low, 1 << 20) if n not in self.files)
+        fd = next((n for n in range(low, MAX_FILES) if n not in self.files), -1)
+        if fd < 0:
+            raise OSError(errno.EMFILE, "too many descriptors")
         self.files[fd] = file
         return fd
 
@@ -313,6 +316,8 @@ class Files:
         ):
             if flags & bit:
                 host |= getattr(os, name)
+        if len(self.files) >= MAX_FILES:
+            raise OSError(errno.EMFILE, "too many descriptors")
         fd = os.open(where, host, mode & 0o7777 & ~self._umask, dir_fd=dir_fd)
         return self._new_fd(OpenFile(fd=fd, owned=True, path=where, flags=flags))
 
@@ -327,7 +332,7 @@ class Files:
 
     def sys_dup3(self, old: int, new: int, *_: int) -> int:
         file = self.file(old)
-        if int32(old) == int32(new) or not 0 <= int32(new) < 1 << 20:
+        if int32(old) == int32(new) or not 0 <= int32(new) < MAX_FILES:
             raise OSError(errno.EINVAL, "same or bad descriptor")
         if int32(new) in self.files:
             self.drop(new)

@@ -20,6 +20,7 @@ STACK = 8 << 20  #: bytes of stack, all of them mapped
 STACK_TOP = TASK_SIZE - PAGE
 MMAP_TOP = STACK_TOP - STACK - (1 << 20)  #: where mappings begin, growing down
 BRK_ROOM = 1 << 30  #: kept free of other mappings above the program while there is room elsewhere
+MAX_REGIONS = 4096  #: mappings of one program; the emulator's cost of each grows with their number
 
 _PIECES = 16  #: heap regions that may pile up before they are joined
 _SHARED, _FIXED, _ANONYMOUS, _NOREPLACE = 1, 0x10, 0x20, 0x100000  # asm-generic/mman-common.h
@@ -59,7 +60,7 @@ class Memory:
 
     def _charge(self, size: int) -> None:
         """Count `size` more bytes as the program's. Raises OSError(ENOMEM) beyond its limit."""
-        if size < 0 or self._used + size > self._ram:
+        if size < 0 or self._used + size > self._ram or len(self.space) > MAX_REGIONS:
             raise OSError(errno.ENOMEM, "no memory")
         self._used += size
 
@@ -153,6 +154,8 @@ class Memory:
         if at % PAGE:
             raise OSError(errno.EINVAL, "bad address")
         if size:
+            if len(self.space) > MAX_REGIONS:
+                raise OSError(errno.ENOMEM, "too many mappings")
             try:
                 self.space.protect(at, _pages(size), _perms(prot))
             except Fault:

@@ -24,7 +24,7 @@ import platform
 import select
 import signal
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 
 from fentry.errors import AskedWrong, Denied, EngineBug, Gone, TargetRefused, TraceError, Unsupported
@@ -43,6 +43,10 @@ _TRAP = 1 << signal.SIGTRAP - 1
 #: signals that an instruction causes itself; blocking them would make the kernel reset their handlers
 _SYNCHRONOUS = (signal.SIGTRAP, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGSYS)
 _ASYNCHRONOUS = ptrace.ALL_SIGNALS & ~sum(1 << number - 1 for number in _SYNCHRONOUS)
+
+
+def _thread_exists(pid: int, tid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}/task/{tid}")  # noqa: PTH110 - twenty times a second for each ring
 
 
 class ProcessTarget(Target):
@@ -126,6 +130,30 @@ class ProcessTarget(Target):
     def modules(self) -> list[Module]:
         """Loaded images, the program itself first, the vdso included. Raises Gone."""
         return procfs.modules(self._tid(), self._memory.read)
+
+    def relatives(self, name: str) -> list[Target]:
+        """Other processes that inherited the region shared as `name`, stopped; also after this one has ended."""
+        inode = self.shared.inodes.get(name)
+        found: list[Target] = []
+        for entry in os.listdir("/proc") if inode else []:  # noqa: PTH208 - names are all that is wanted
+            if not entry.isdigit() or int(entry) in (self.pid, os.getpid()):
+                continue
+            try:
+                regions = procfs.regions(int(entry))
+                if any(r.inode == inode and f"memfd:{name}" in r.mapping.path for r in regions):
+                    found.append(attach(int(entry)))
+            except (TraceError, OSError):
+                continue  # it ended meanwhile, or is not ours to look at
+        return found
+
+    @property
+    def alive(self) -> Callable[[int, int], bool] | None:
+        """Tells whether a thread exists, by the numbers that it knows itself by; None in another pid namespace."""
+        try:
+            spaces = procfs.status(self.pid).get("NSpid", "").split()
+        except (TraceError, OSError):
+            return None
+        return _thread_exists if len(spaces) == 1 else None
 
     # -- threads ----------------------------------------------------------------------------------
     def threads(self) -> list[int]:

@@ -15,6 +15,7 @@ from elftools.elf.enums import ENUM_E_MACHINE
 from fentry.errors import BadImage, TraceError
 
 MAX_IMAGE = 1 << 32  #: bytes of memory that an image may ask for
+MAX_SEGMENTS = 256  #: PT_LOAD headers; linkers make two to six
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def _parse(path: str, elf: ELFFile, file_size: int) -> ProgramFile:
     if not elf.little_endian:
         raise BadImage(path, "is big-endian; none of the emulated machines is")
     segments: list[Segment] = []
-    interpreter, for_linux, headers = "", kind == "ET_DYN", 0
+    interpreter, for_linux, headers, loaded = "", kind == "ET_DYN", 0, 0
     for segment in elf.iter_segments():
         at, size, offset, in_file = (segment[k] for k in ("p_vaddr", "p_memsz", "p_offset", "p_filesz"))
         what = segment["p_type"]
@@ -76,8 +77,9 @@ def _parse(path: str, elf: ELFFile, file_size: int) -> ProgramFile:
         elif what == "PT_NOTE":
             for_linux = for_linux or b"\x04\0\0\0\x10\0\0\0\x01\0\0\0GNU\0\0\0\0\0" in segment.data()
         elif what == "PT_LOAD" and size:
-            if in_file > size or at + size > MAX_IMAGE << 8 or sum(len(s.data) for s in segments) > MAX_IMAGE:
-                raise BadImage(path, f"has a segment of {size:#x} bytes at {at:#x}, which cannot be")
+            loaded += in_file
+            if in_file > size or at + size > MAX_IMAGE << 8 or loaded > 2 * file_size or len(segments) == MAX_SEGMENTS:
+                raise BadImage(path, f"has a segment of {size:#x} bytes at {at:#x} that is too large or one too many")
             flags = segment["p_flags"]
             perms = ("r" if flags & 6 else "-") + ("w" if flags & 2 else "-") + ("x" if flags & 1 else "-")
             segments.append(Segment(at, at + size, perms, offset, segment.data()))

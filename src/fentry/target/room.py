@@ -168,6 +168,7 @@ class ProcessShared:
         self._injector = injector
         self._check = check
         self._tid = tid
+        self.inodes: dict[str, int] = {}  #: of each shared region, by its name
 
     def share(self, size: int, name: str) -> tuple[int, memoryview]:
         """Map `size` bytes of shared memory; gives (target address, writable host view).
@@ -199,6 +200,7 @@ class ProcessShared:
                 os.ftruncate(ours, size)
                 fcntl.fcntl(ours, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
                 view = memoryview(mmap.mmap(ours, size))
+                self.inodes[name] = os.fstat(ours).st_ino
             except OSError as error:
                 raise TargetRefused(f"cannot share {size} bytes: {error.strerror}") from None
             finally:

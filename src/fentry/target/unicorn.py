@@ -209,14 +209,14 @@ class UnicornTarget(Target):
 
         def put_fp(values: list[int]) -> None:
             for number, value in zip(fp, values, strict=True):
-                uc.reg_write(number, value)
+                self._uc.reg_write(number, value)
 
         signals = Signals(
             self._space,
             shape,
             get=lambda: self.regs(1),
             put=lambda values: self.set_regs(1, values),
-            get_fp=lambda: [int(uc.reg_read(number)) for number in fp],
+            get_fp=lambda: [int(self._uc.reg_read(number)) for number in fp],
             put_fp=put_fp,
             trampoline=trampoline,
         )

@@ -16,6 +16,7 @@ import numpy as np
 
 from fentry.engine import Engine, Site, census, restore, unwind
 from fentry.engine import filter as filters
+from fentry.engine import journal as undo
 from fentry.engine.census import Census, Verdict
 from fentry.errors import AskedWrong, BadImage, Gone, NothingMatched
 from fentry.image import Image
@@ -306,7 +307,8 @@ class Session:
         self._writer.write_symbols(self._functions())
         if self.target.sliced:
             return
-        self._drainer = Drainer(self.engine.region, self._sink)
+        alive = getattr(self.target, "alive", None)  # a target whose threads can be looked up from here
+        self._drainer = Drainer(self.engine.region, self._sink, alive)
         self._drainer.start()
 
     def _sink(self, ring: RingInfo, data: memoryview) -> None:
@@ -433,6 +435,7 @@ class Session:
                 outcome.stop = Stop("exited", gone.status if gone.status is not None else -1)
             else:
                 outcome.restored = self.engine.report
+        self._restore_relatives()
         if self.engine.region is not None:
             self._rows = self.rows()
         try:
@@ -451,6 +454,14 @@ class Session:
                 stop = outcome.stop
                 self._writer.close(self._meta({stop.kind: stop.status} if stop else {"detached": 0}))
         return outcome
+
+    def _restore_relatives(self) -> None:
+        """Put forked children back, too: they inherited the hooks, and go on recording into our rings."""
+        for relative in self.target.relatives(undo.NAME):
+            with contextlib.suppress(Gone):
+                report = self.engine.restore_other(relative)
+                self.outcome.notes.append(f"process {relative.pid} had inherited the hooks: {report.sites} undone")
+            relative.close()
 
     def __enter__(self) -> Session:
         return self
