@@ -20,7 +20,7 @@ STACK = 8 << 20  #: bytes of stack, all of them mapped
 STACK_TOP = TASK_SIZE - PAGE
 MMAP_TOP = STACK_TOP - STACK - (1 << 20)  #: where mappings begin, growing down
 BRK_ROOM = 1 << 30  #: kept free of other mappings above the program while there is room elsewhere
-MAX_REGIONS = 4096  #: mappings of one program; the emulator's cost of each grows with their number
+MAX_REGIONS = 1024  #: mappings of one program; the emulator's cost of each grows with their number
 
 _PIECES = 16  #: heap regions that may pile up before they are joined
 _SHARED, _FIXED, _ANONYMOUS, _NOREPLACE = 1, 0x10, 0x20, 0x100000  # asm-generic/mman-common.h
