@@ -225,9 +225,9 @@ def acquire(d: Dialect, lay: Layout) -> str:
     t.label("got")
     spot = t.op(f"shl i64 {n}, {CONTEXT.bit_length() - 1}")
     c = t.op(f"getelementptr i8, ptr inttoptr (i64 {lay.contexts} to ptr), i64 {spot}", "c")
-    t.add(f"call void @claim(ptr {c}, ptr {header}, i64 {n}, i64 {tpk}, i64 {pid}, i64 {tid}, i64 0, i64 {n})")
     for level in range(1, LEVELS):  # a wiped or recycled context must not keep rings of its levels
         t.store(0, t.at(c, level * LEVEL + C_OWNER))
+    t.add(f"call void @claim(ptr {c}, ptr {header}, i64 {n}, i64 {tpk}, i64 {pid}, i64 {tid}, i64 0, i64 {n})")
     t.store(tp, t.at(c, C_KEY), volatile=True)
     if d.segment:
         t.add(d.set_segment.format(**{"in": t.op(f"ptrtoint ptr {c} to i64")}))
@@ -325,7 +325,6 @@ def _claim() -> str:
     ):
         t.store(value, t.at("%header", offset))
     for offset, value in (
-        (C_OWNER, "%tpk"),
         (C_RING, t.op("ptrtoint ptr %header to i64")),
         (C_LIMIT, "0"),  # the first event takes the slow road, which sets data and limit
         (C_INDEX, "%n"),
@@ -333,6 +332,9 @@ def _claim() -> str:
         (C_ACC, "0"),
     ):
         t.store(value, t.at("%c", offset))
+    # the owner last: a signal handler that is traced, too, must not find a context of its own that has no ring yet
+    t.barrier()
+    t.store("%tpk", t.at("%c", C_OWNER), volatile=True)
     t.add("ret void")
     head = (
         "define internal void @claim(ptr %c, ptr %header, i64 %n, i64 %tpk, i64 %pid, i64 %tid, i64 %level, "
