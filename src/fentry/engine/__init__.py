@@ -109,6 +109,7 @@ class Engine:
         self._unwind_now: dict[int, bytes] = {}
         self._closed = False
         self.live = False  #: let the target run between stops (it was running before we came)
+        self.notes: list[str] = []  #: what had to be done differently, in words
         self.stops: list[int] = []  #: ns that each of our stops lasted
 
     # -- what runs where -------------------------------------------------------------------------------
@@ -194,11 +195,16 @@ class Engine:
             low, window = self._stack_window()
             # return addresses, hooks; entry times; depths or accumulated time
             planes = 4 if any(_deep(op) for op in ops) else 2
-            at = allocator.map(planes * window, "rw-", name="noreserve")
-            self._note(at, planes * window)
-            shadow, plane_step = at - low, window
-            self._plane = ReturnPlane(shadow, low, window)
-            meta.shadow, meta.low, meta.size = shadow, low, window
+            try:
+                at = allocator.map(planes * window, "rw-", name="noreserve")
+            except (TargetRefused, CannotHere) as error:
+                # RLIMIT_AS, mlockall, no overcommit: entries can still be traced
+                self.notes.append(f"returns are not hooked: no room for a shadow stack ({error.message})")
+            else:
+                self._note(at, planes * window)
+                shadow, plane_step = at - low, window
+                self._plane = ReturnPlane(shadow, low, window)
+                meta.shadow, meta.low, meta.size = shadow, low, window
         counters = 0
         if any(op.counts for op in ops):
             self._row_room = max(2 * count, 64)

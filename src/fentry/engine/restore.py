@@ -54,7 +54,8 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
     report.sites = len(entries) - len(report.strange)
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        report.frames += _unhook_frames(target, meta)
+        if arch.dialect.return_slot:
+            report.frames += _unhook_frames(target, meta)
         busy = set(patch.inside(target, arch, meta.code))
         if not busy:
             break
@@ -66,6 +67,9 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
         time.sleep(0.001)  # there is no event to wait for
         target.stop()
     _lend_back(target, arch, meta, keep=busy)
+    if not arch.dialect.return_slot and _linked_frames(target, arch, meta):
+        # a callee keeps its link register wherever it likes, so its frame's shadow entry cannot be found from it
+        report.left_mapped = "functions that are still running return through fentry's code"
     if report.strange:
         report.left_mapped = "code that fentry did not write jumps somewhere it does not know"
     if not report.left_mapped and target.allocator is not None:
@@ -114,7 +118,7 @@ def _stacks(target: Target, meta: Meta) -> list[Mapping]:
 def _unhook_frames(target: Target, meta: Meta) -> int:
     """Put the return addresses of hooked frames back where they belong.
 
-    On an architecture with return slots a frame's return address lies on the stack at p while its original lies at
+    For architectures with return slots: a frame's return address lies on the stack at p while its original lies at
     p + shadow; so every word of a touched shadow page that stands over a hook's address names a frame, on whatever
     stack.
     """
@@ -134,6 +138,23 @@ def _unhook_frames(target: Target, meta: Meta) -> int:
                 target.write(lo - meta.shadow + 8 * int(i), original)  # house: data, a return address on a stack
                 put += 1
     return put
+
+
+def _linked_frames(target: Target, arch: Arch, meta: Meta) -> bool:
+    """Tell whether a register or a word of a live stack is an address that hooked frames return to."""
+    if not meta.hooks:
+        return False
+    mappings = target.mappings()
+    for tid in target.threads():
+        regs = target.regs(tid)
+        values = np.array([v for v in regs.values() if 0 <= v < 1 << 64], dtype=np.uint64)
+        if hooked(values, meta).any():
+            return True
+        sp = regs[arch.sp] & -8
+        for m in mappings:
+            if m.start <= sp < m.end and hooked(np.frombuffer(target.read(sp, m.end - sp), np.uint64), meta).any():
+                return True
+    return False
 
 
 def hooked(words: np.ndarray, meta: Meta) -> np.ndarray:

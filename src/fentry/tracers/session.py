@@ -272,6 +272,7 @@ class Session:
             if self.tracer.events:
                 self._record()
             self.engine.commit()
+            self.outcome.notes += self.engine.notes
             self._update_meta({})
         except BaseException:
             self._abandon()
