@@ -195,8 +195,11 @@ class Engine:
             low, window = self._stack_window()
             # return addresses, hooks; entry times; depths or accumulated time
             planes = 4 if any(_deep(op) for op in ops) else 2
+            # where the kernel puts it by itself it takes the place of stacks to come: those of new threads would begin
+            # below it, outside the window
+            near, reach = (low >> 3, low - (low >> 3)) if self.arch.dialect.stack_window else (None, 0)
             try:
-                at = allocator.map(planes * window, "rw-", name="noreserve")
+                at = allocator.map(planes * window, "rw-", name="noreserve", near=near, reach=reach)
             except (TargetRefused, CannotHere) as error:
                 # RLIMIT_AS, mlockall, no overcommit: entries can still be traced
                 self.notes.append(f"returns are not hooked: no room for a shadow stack ({error.message})")
