@@ -89,7 +89,8 @@ class _Stderr:
 
     def write(self, text: str) -> int:
         """Write `text`."""
-        show.say(text.removesuffix("\n"))
+        if text:
+            show.say(text.removesuffix("\n"))
         return len(text)
 
     def flush(self) -> None:
@@ -177,5 +178,6 @@ def lines_of(trace: Trace) -> int:
             kind = batch.column("kind").to_numpy()
             site = batch.column("site").to_numpy()
             leaf = (kind[:-1] == Kind.ENTRY) & (kind[1:] == Kind.EXIT) & (site[:-1] == site[1:])
-            total += len(kind) - int(np.count_nonzero(leaf))
+            # the brace of a call by jump is printed with its caller's
+            total += len(kind) - int(np.count_nonzero(leaf)) + int(np.count_nonzero(kind == Kind.TAIL))
     return total

@@ -3,8 +3,8 @@ r"""A traced program from its start to its end: who gets which signal, when trac
 The rules, for each verb that traces:
 
 * A program that we started shares our terminal and process group, so the terminal's signals reach it without us. The
-  first Ctrl-C (or Ctrl-\) is the program's alone: we wait for what it does. A second one, SIGTERM or SIGHUP mean
-  us: the program is put back to what it was and goes on without us, the trace is complete, and we end by that signal.
+  first Ctrl-C (or Ctrl-\) is the program's alone: we wait for what it does. A second one within two seconds, SIGTERM or
+  SIGHUP mean us: the program is put back to what it was and goes on, the trace is complete, and we end by that signal.
 * A process that we attached to gets none of our signals: the first one detaches.
 * An emulated program lives inside us: the first one ends it.
 * When tracing ends before the program (``--duration``, a full disk), the program goes on untraced, and we wait for
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: seconds between two looks at what was asked of us meanwhile
 _TICK = 0.2
+#: seconds within which a second Ctrl-C is more of the first one; an interpreter at its prompt gets many, far apart
+_TOGETHER = 2.0
 _TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 _FOR_US = (signal.SIGTERM, signal.SIGHUP)
 
@@ -43,6 +45,7 @@ class Signals:
     def __init__(self) -> None:
         self._shared = 0
         self._last = 0
+        self._when = -_TOGETHER
         self._mine = 0
         self._before: dict[int, Any] = {}
 
@@ -59,8 +62,9 @@ class Signals:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number in _TERMINAL:
-            self._shared += 1
-            self._last = number
+            now = time.monotonic()
+            self._shared = self._shared + 1 if now - self._when < _TOGETHER else 1
+            self._last, self._when = number, now
         else:
             self._mine = number
 

@@ -5,10 +5,14 @@ detach) can restore the target from what is mapped in it, without the tracer tha
 
 Layout of the shared mapping ``fentry.undo`` (little-endian):
 
-      0  magic b"FENTRYU1"      16  meta size (JSON bytes)     32  entry count
+      0  magic b"FENTRYU1"      16  meta: u32 size, u32 offset 32  entry count
       8  bytes of the mapping   24  reserved                   40  reserved
-     64  JSON: see Meta         META_ROOM  entries of 64 bytes:
+     64  JSON: see Meta; two rooms, of which one is written while the other counts
+     META_ROOM  entries of 64 bytes:
            0 address u64   8 size u32   12 reserved   16 old bytes (24)   40 new bytes (24)
+
+A tracer may be killed between any two stores, so each store leaves a journal that is true: new text of Meta goes
+into the room that does not count, and then one word says that it does.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ NAME = "fentry.undo"
 MAGIC = b"FENTRYU1"
 META_AT = 64
 META_ROOM = 1 << 20
+META_HALF = META_ROOM // 2
+META_WORD = 16
+ENTRIES_WORD = 32
 ENTRY = 64
 CODE_MAX = 24
 
@@ -86,17 +93,13 @@ class Journal:
 
     def save(self) -> None:
         """Write the meta data."""
-        data = json.dumps(asdict(self.meta), separators=(",", ":")).encode()
-        if META_AT + len(data) > META_ROOM:
-            raise EngineBug("undo journal: too many mappings")
-        # size 0 while the text is half written: a reader then sees a journal without meta, not a broken one
-        self.view[16:24] = struct.pack("<Q", 0)
-        self.view[META_AT : META_AT + len(data)] = data
-        self.view[16:24] = struct.pack("<Q", len(data))
+        at, data, word = encode(self.meta, struct.unpack_from("<Q", self.view, META_WORD)[0])
+        self.view[at : at + len(data)] = data
+        self.view[META_WORD : META_WORD + 8] = word
 
     def intend(self, entries: Sequence[Entry]) -> None:
         """Note changes that are about to be made. A place noted before keeps its first `old`."""
-        count = struct.unpack_from("<Q", self.view, 32)[0]
+        count = struct.unpack_from("<Q", self.view, ENTRIES_WORD)[0]
         for e in entries:
             if len(e.new) > CODE_MAX or len(e.old) != len(e.new):
                 raise EngineBug(f"undo journal: a change of {len(e.new)} bytes at {e.at:#x}")
@@ -113,7 +116,21 @@ class Journal:
             else:
                 at = META_ROOM + index * ENTRY
                 self.view[at + 40 : at + 64] = e.new.ljust(CODE_MAX, b"\0")
-        self.view[32:40] = struct.pack("<Q", count)
+        self.view[ENTRIES_WORD : ENTRIES_WORD + 8] = struct.pack("<Q", count)
+
+
+def encode(meta: Meta, word: int) -> tuple[int, bytes, bytes]:
+    """Give where new meta data goes, its bytes, and the word that makes them count, to be written in this order.
+
+    Args:
+        meta: what to write.
+        word: the word that counts now.
+    """
+    data = json.dumps(asdict(meta), separators=(",", ":")).encode()
+    at = META_AT if word >> 32 >= META_HALF else META_HALF
+    if len(data) > META_HALF - META_AT:
+        raise EngineBug("undo journal: too many mappings")
+    return at, data, struct.pack("<II", len(data), at)
 
 
 def parse(data: bytes) -> tuple[Meta, list[Entry]]:
@@ -123,11 +140,12 @@ def parse(data: bytes) -> tuple[Meta, list[Entry]]:
     """
     if len(data) < META_ROOM or data[:8] != MAGIC:
         raise TargetRefused("no undo journal: the mapping is damaged or of another version")
-    size, count = struct.unpack_from("<Q", data, 16)[0], struct.unpack_from("<Q", data, 32)[0]
+    size, start = struct.unpack_from("<II", data, META_WORD)
+    count = struct.unpack_from("<Q", data, ENTRIES_WORD)[0]
     meta = Meta()
     if size:
         try:
-            raw = json.loads(data[META_AT : META_AT + min(size, META_ROOM)])
+            raw = json.loads(data[min(start, META_ROOM) : min(start + size, META_ROOM)])
             meta = Meta(
                 mappings=[(int(a), int(b)) for a, b in raw["mappings"]],
                 code=[(int(a), int(b)) for a, b in raw["code"]],

@@ -15,7 +15,7 @@ import numpy as np
 
 from fentry.arch import Arch, load
 from fentry.engine import patch
-from fentry.engine.journal import META_ROOM, NAME, Entry, Meta, parse
+from fentry.engine.journal import ENTRIES_WORD, META_AT, META_ROOM, META_WORD, NAME, Entry, Meta, encode, parse
 from fentry.errors import Fault, PatchMismatch, TargetRefused
 from fentry.record import layout as ring_layout
 from fentry.target import Mapping, Target
@@ -35,10 +35,20 @@ class Report:
 
 
 def find_journal(target: Target) -> tuple[Meta, list[Entry]] | None:
-    """Find and read the undo journal mapped in a target; None if there is none."""
-    for m in target.mappings():
-        if f"memfd:{NAME}" in m.path and m.size >= META_ROOM:
-            return parse(target.read(m.start, m.size))
+    """Find and read the undo journal mapped in a target; None if there is none.
+
+    Raises: TargetRefused if it is damaged; Gone.
+    """
+    mappings = target.mappings()
+    for m in mappings:
+        if f"memfd:{NAME}" in m.path and m.size >= META_ROOM and m.offset == 0:
+            data = target.read(m.start, m.size)
+            # all zero: its writer was killed before the first store, so it has changed nothing but mappings
+            meta, entries = (Meta(), []) if not any(data[:META_AT]) else parse(data)
+            named = [(m.start, m.size), *((o.start, o.size) for o in mappings if "memfd:fentry." in o.path)]
+            # the journal itself first: it is unmapped last; then what was mapped but not noted yet
+            meta.mappings = list(dict.fromkeys([named[0], *meta.mappings, *named]))
+            return meta, entries
     return None
 
 
@@ -73,9 +83,43 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
     if report.strange:
         report.left_mapped = "code that fentry did not write jumps somewhere it does not know"
     if not report.left_mapped and target.allocator is not None:
-        for at, size in reversed(meta.mappings):
-            target.allocator.unmap(at, size)
+        _unmap(target, meta)
     return report
+
+
+def _unmap(target: Target, meta: Meta) -> None:
+    """Unmap all that is ours, the journal last.
+
+    Whoever is killed in between leaves a journal that speaks of nothing but the mappings that are left: the program may
+    map something else where one of ours was, which must not be written to, nor unmapped, by the next who restores.
+    """
+    allocator = target.allocator
+    assert allocator is not None
+    left = Meta(mappings=list(meta.mappings))
+    if not left.mappings:
+        return
+    journal = left.mappings[0][0]
+    target.write(journal + ENTRIES_WORD, bytes(8))  # house: data, the journal
+    while left.mappings:
+        word = int.from_bytes(target.read(journal + META_WORD, 8), "little")
+        at, data, new = encode(left, word)
+        target.write(journal + at, data)  # house: data, the journal
+        target.write(journal + META_WORD, new)  # house: data, the journal
+        start, size = left.mappings.pop()
+        if _is_ours(target, start, size):
+            allocator.unmap(start, size)
+
+
+def _is_ours(target: Target, at: int, size: int) -> bool:
+    """Whether a noted range is still mapped as it was made: one piece, from a memfd of ours or from nothing."""
+    end = at + ((size + target.page - 1) & -target.page)
+    pieces = [m for m in target.mappings() if m.start < end and m.end > at]
+    return (
+        bool(pieces)
+        and min(m.start for m in pieces) <= at
+        and max(m.end for m in pieces) >= end
+        and all(not m.path or "fentry." in m.path for m in pieces)
+    )
 
 
 def _switch_off(target: Target, meta: Meta) -> None:

@@ -31,6 +31,11 @@ from fentry.tracers import Options, Tracer, load
 
 Progress = Callable[[str], None]
 
+#: start-up code of the C runtime (crti.o, crtbegin.o): traced only if asked for
+_GLUE = frozenset(
+    ("_init", "_fini", "frame_dummy", "register_tm_clones", "deregister_tm_clones", "__do_global_dtors_aux")
+)
+
 
 @dataclass(slots=True)
 class Plan:
@@ -163,6 +168,8 @@ class Session:
         verdicts = self._verdicts(wanted)
         try:
             chosen = filters.select(verdicts, self.plan.wanted, self.plan.unwanted)
+            if not self.plan.wanted:  # a program's own functions are not what the compiler links into every one
+                chosen = [i for i in chosen if verdicts[i].name not in _GLUE]
         except NothingMatched:
             if len(wanted) == len(modules):
                 raise
