@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fentry.arch import Arch, load
 from fentry.engine import patch
-from fentry.engine.journal import ENTRIES_WORD, META_AT, META_ROOM, META_WORD, NAME, Entry, Meta, encode, parse
+from fentry.engine.journal import META_AT, META_ROOM, NAME, Entry, Meta, parse
 from fentry.errors import Fault, PatchMismatch, TargetRefused
 from fentry.record import layout as ring_layout
 from fentry.target import Mapping, Target
@@ -83,42 +83,39 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
     if report.strange:
         report.left_mapped = "code that fentry did not write jumps somewhere it does not know"
     if not report.left_mapped and target.allocator is not None:
-        _unmap(target, meta)
+        for at, size in reversed(meta.mappings):
+            target.allocator.unmap(at, size)
     return report
 
 
-def _unmap(target: Target, meta: Meta) -> None:
-    """Unmap all that is ours, the journal last.
+def _still_ours(target: Target, meta: Meta) -> Meta:
+    """Leave out what is not mapped any more, because an earlier restore was killed while it unmapped.
 
-    Whoever is killed in between leaves a journal that speaks of nothing but the mappings that are left: the program may
-    map something else where one of ours was, which must not be written to, nor unmapped, by the next who restores.
+    The journal cannot say how far that one came: forked children share it. But what is left of ours begins and ends
+    where one of ours did and has no file but ours, and whatever the program maps there later hardly does.
     """
-    allocator = target.allocator
-    assert allocator is not None
-    left = Meta(mappings=list(meta.mappings))
-    if not left.mappings:
-        return
-    journal = left.mappings[0][0]
-    target.write(journal + ENTRIES_WORD, bytes(8))  # house: data, the journal
-    while left.mappings:
-        word = int.from_bytes(target.read(journal + META_WORD, 8), "little")
-        at, data, new = encode(left, word)
-        target.write(journal + at, data)  # house: data, the journal
-        target.write(journal + META_WORD, new)  # house: data, the journal
-        start, size = left.mappings.pop()
-        if _is_ours(target, start, size):
-            allocator.unmap(start, size)
 
+    def end(at: int, size: int) -> int:
+        return at + ((size + target.page - 1) & -target.page)
 
-def _is_ours(target: Target, at: int, size: int) -> bool:
-    """Whether a noted range is still mapped as it was made: one piece, from a memfd of ours or from nothing."""
-    end = at + ((size + target.page - 1) & -target.page)
-    pieces = [m for m in target.mappings() if m.start < end and m.end > at]
-    return (
-        bool(pieces)
-        and min(m.start for m in pieces) <= at
-        and max(m.end for m in pieces) >= end
-        and all(not m.path or "fentry." in m.path for m in pieces)
+    starts = {at for at, _ in meta.mappings}
+    ends = {end(at, size) for at, size in meta.mappings}
+    mappings = target.mappings()
+
+    def ours(at: int, size: int) -> bool:
+        pieces = [m for m in mappings if m.start < end(at, size) and m.end > at]
+        return bool(pieces) and all(
+            m.start in starts and m.end in ends and (not m.path or "fentry." in m.path) for m in pieces
+        )
+
+    left = [m for m in meta.mappings if ours(*m)]
+    return replace(
+        meta,
+        mappings=left,
+        code=[c for c in meta.code if c in left],
+        region=meta.region if meta.region in left else (0, 0),
+        context=meta.context if meta.context in left else (0, 0),
+        size=meta.size if any(at <= meta.low + meta.shadow < at + size for at, size in left) else 0,
     )
 
 
@@ -218,4 +215,5 @@ def recover(target: Target) -> Report:
     found = find_journal(target)
     if found is None:
         raise TargetRefused(f"process {target.pid} holds nothing of fentry's", hint="it is not being traced")
-    return restore(target, *found)
+    meta, entries = found
+    return restore(target, _still_ours(target, meta), entries)
