@@ -240,7 +240,8 @@ class Bench:
                 self.core.map(bottom + self.plane.off + i * size & U64, STACK_ROOM)
         pointer = THREADS + n * 128  # which a table of contexts tells apart
         self.core.put(pointer, pointer)  # what x86_64 reads at %fs:0
-        return Thread(pointer, bottom + STACK_ROOM // 2, self.empty)
+        # a call leaves the stack pointer 8 below a multiple of 16 where it pushes the return address
+        return Thread(pointer, bottom + STACK_ROOM // 2 - 8 * self.arch.dialect.return_slot, self.empty)
 
     def function(self, name: str, body: bytes | None = None, *, form: str = "sled", code: bytes = b"",
                  returns: bool = True) -> Site:  # fmt: skip
@@ -279,7 +280,9 @@ class Bench:
 
         return code.jump(at, to.at, "t3")
 
-    def arm(self, wanted: list[tuple[Site, tuple[Op, ...]]], *, resume_unwind: int = 0) -> list[SlotTable]:
+    def arm(
+        self, wanted: list[tuple[Site, tuple[Op, ...]]], *, resume_unwind: int = 0, personality: int = 0
+    ) -> list[SlotTable]:
         """Build one island and patch the sites: `wanted` names each site's ops, newest first."""
         returns = any(op.exit for _, ops in wanted for op in ops)
         tables = group(self.arch, wanted, returns=returns, first_row=self._rows)
@@ -288,7 +291,7 @@ class Bench:
         at, self._next = self._next, self._next + size
         island = build(
             self.arch, self.layout, tables, at, size, plane=self.plane if returns else None,
-            personality=0, resume_unwind=resume_unwind,
+            personality=personality, resume_unwind=resume_unwind,
         )  # fmt: skip
         self.core.write(at, island.code)
         for t in tables:
@@ -345,6 +348,10 @@ class Bench:
 
     def events(self, op: Op) -> list[Event]:
         """Drain; give this op's events in the order of rings, then as written. All words must be known marks."""
+        return [e for o, e in self.story() if o is op]
+
+    def story(self) -> list[tuple[Op, Event]]:
+        """Drain; give all events with the ops they belong to."""
         (self.region.snapshot if self.region.policy is Policy.OVERWRITE else self.region.drain)(self._sink)
         index = {s.at: i for i, s in enumerate(self.sites)}
         meaning = {}
@@ -355,19 +362,16 @@ class Bench:
                     for i, site in enumerate(table.sites):
                         for offset, kind in table.marks.items():
                             meaning[table.base + i * table.stride + offset] = (o, kind, site)
-        out = []
+        out: list[tuple[Op, Event]] = []
         for number in sorted(self._partial):
-            mine = False
             for level, a, word in self._partial[number]:
                 if word < ring.EXT_LIMIT:
-                    if mine:
-                        assert word not in out[-1].extensions
-                        out[-1].extensions[word] = a
+                    extensions = out[-1][1].extensions
+                    assert word not in extensions
+                    extensions[word] = a
                     continue
-                of, kind, site = meaning[word & ring.MARK_MASK]
-                mine = of is op
-                if mine:
-                    out.append(Event(number, level, kind, site, a, word >> 48))
+                op, kind, site = meaning[word & ring.MARK_MASK]
+                out.append((op, Event(number, level, kind, site, a, word >> 48)))
         return out
 
     def counts(self, site: Site, op: Op, index: int = 0) -> tuple[int, ...]:
