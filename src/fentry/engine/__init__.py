@@ -35,6 +35,8 @@ from fentry.target import Mapping, Target, need
 
 __all__ = ["Engine", "Op", "Site"]
 
+#: the counter; the counter, shown as CLOCK_MONOTONIC; no time, only sequence; a target's virtual clock
+CLOCKS = ("tsc", "mono", "order", "icount")
 #: threads (and signal levels, and forked processes) that can record at the same time
 RINGS = 256
 #: the same for a target that runs one thread at a time
@@ -62,7 +64,7 @@ class Engine:
 
     Args:
         target: a stopped target.
-        clock: "tsc" (cheapest true time), "order" (no time, only sequence), "icount" (a target's virtual clock).
+        clock: one of CLOCKS; "" = the target's best.
         policy: what happens to events that find their ring full.
         rings: how many threads can record at the same time (a power of two).
         ring_size: bytes per ring (a power of two).
@@ -83,10 +85,10 @@ class Engine:
         self.clock = clock or ("icount" if self.clock_at else "tsc")
         if self.clock == "icount" and not self.clock_at:
             raise CannotHere(f"a {target.kind} target has no instruction counter", hint="use --clock tsc or order")
-        if self.clock == "tsc" and self.clock_at:
+        if self.clock in ("tsc", "mono") and self.clock_at:
             raise CannotHere(f"a {target.kind} target has no time stamp counter", hint="use --clock icount or order")
-        if self.clock not in ("tsc", "order", "icount"):
-            raise AskedWrong(f"no clock {self.clock!r}", hint="clocks: tsc, order, icount")
+        if self.clock not in CLOCKS:
+            raise AskedWrong(f"no clock {self.clock!r}", hint=f"clocks: {', '.join(CLOCKS)}")
         for what, n in (("rings", rings), ("ring size", ring_size)):
             if n & (n - 1) or n <= 0:
                 raise AskedWrong(f"{what} {n} is not a power of two")
@@ -183,8 +185,7 @@ class Engine:
         table = not self.arch.dialect.segment
         # a table of contexts is addressed on every event: one instruction makes a low address
         near, reach = (1 << 30, (1 << 30) - (1 << 16)) if table else (None, 0)
-        contexts = allocator.map(size, "rw-", name="wipeonfork", near=near, reach=reach)
-        self._note(contexts, size)
+        contexts = self._map(size, "rw-", name="wipeonfork", near=near, reach=reach)
         meta.context = (contexts, size)
         if table:
             blank = NO_KEY.to_bytes(8, "little").ljust(CONTEXT, b"\0")
@@ -199,12 +200,11 @@ class Engine:
             # below it, outside the window
             near, reach = (low >> 3, low - (low >> 3)) if self.arch.dialect.stack_window else (None, 0)
             try:
-                at = allocator.map(planes * window, "rw-", name="noreserve", near=near, reach=reach)
+                at = self._map(planes * window, "rw-", name="noreserve", near=near, reach=reach)
             except (TargetRefused, CannotHere) as error:
                 # RLIMIT_AS, mlockall, no overcommit: entries can still be traced
                 self.notes.append(f"returns are not hooked: no room for a shadow stack ({error.message})")
             else:
-                self._note(at, planes * window)
                 shadow, plane_step = at - low, window
                 self._plane = ReturnPlane(shadow, low, window)
                 meta.shadow, meta.low, meta.size = shadow, low, window
@@ -220,7 +220,7 @@ class Engine:
             nrings=self.rings,
             ring_size=self.ring_size,
             contexts=contexts,
-            clock={"icount": "memory"}.get(self.clock, self.clock),
+            clock={"icount": "memory", "mono": "tsc"}.get(self.clock, self.clock),
             clock_at=self.clock_at,
             sliced=target.sliced,
             shadow=shadow,
@@ -229,6 +229,24 @@ class Engine:
             sites=self._row_room,
             system_calls=target.system_calls,
         )
+
+    def _map(self, size: int, perms: str, *, near: int | None = None, reach: int = 0, name: str = "") -> int:
+        """Map private memory that is in the journal before it is there."""
+        assert self._journal is not None
+        meta = self._journal.meta
+        before = meta.mappings
+
+        def note(at: int | None) -> None:
+            assert self._journal is not None
+            meta.mappings = before if at is None else [*before, (at, size)]
+            self._journal.save()
+
+        allocator = need(self.target.allocator, "memory allocator", target=self.target)
+        try:
+            return allocator.map(size, perms, near=near, reach=reach, name=name, intend=note)
+        except TraceError:
+            note(None)
+            raise
 
     def _note(self, at: int, size: int) -> None:
         assert self._journal is not None
@@ -366,11 +384,10 @@ class Engine:
     def _map_code(self, size: int, near: int) -> int:
         """Map an island; the target is stopped."""
         assert self._journal is not None
-        allocator = need(self.target.allocator, "memory allocator", target=self.target)
         reach = min(self.arch.jump_reach, 1 << 40) - _CLUSTER
-        at = allocator.map(size, "r-x", near=near, reach=reach)
+        at = self._map(size, "r-x", near=near, reach=reach)
         self._journal.meta.code.append((at, size))
-        self._note(at, size)
+        self._journal.save()
         self.target.set_arena(*((start, start + length) for start, length in self._journal.meta.code))
         return at
 

@@ -64,7 +64,15 @@ class Allocator(Protocol):
     """Ability: map and unmap memory in the target."""
 
     def map(
-        self, size: int, perms: str, *, near: int | None = None, reach: int = 0, at: int | None = None, name: str = ""
+        self,
+        size: int,
+        perms: str,
+        *,
+        near: int | None = None,
+        reach: int = 0,
+        at: int | None = None,
+        name: str = "",
+        intend: Callable[[int], None] | None = None,
     ) -> int:
         """Map zeroed private memory.
 
@@ -76,6 +84,8 @@ class Allocator(Protocol):
             at: exactly here, or fail.
             name: "wipeonfork" (a forked child sees zeros), "noreserve" (sparse, not dumped,
                 no huge pages) or "".
+            intend: told the address before anything is mapped there, so that it can be noted; told another if
+                that one was taken meanwhile.
 
         Raises:
             OutOfReach: no hole near enough. Unsupported: the target cannot map.

@@ -95,7 +95,15 @@ class ProcessAllocator:
         self._tid = tid
 
     def map(
-        self, size: int, perms: str, *, near: int | None = None, reach: int = 0, at: int | None = None, name: str = ""
+        self,
+        size: int,
+        perms: str,
+        *,
+        near: int | None = None,
+        reach: int = 0,
+        at: int | None = None,
+        name: str = "",
+        intend: Callable[[int], None] | None = None,
     ) -> int:
         """Map zeroed private memory; see :class:`fentry.target.Allocator`.
 
@@ -108,11 +116,15 @@ class ProcessAllocator:
         size = (size + _PAGE - 1) & -_PAGE
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | (_MAP_NORESERVE if name == "noreserve" else 0)
         if at is not None:
+            if intend is not None:
+                intend(at)
             where = self._map_at(at, size, prot, flags)
             if where < 0:
                 raise _refused("mmap", where, size)
-        elif near is not None:
-            where = self._map_near(near, reach, size, prot, flags)
+        elif near is not None or intend is not None:
+            if near is None:  # where the kernel would look first
+                near, reach = _HIGH, _HIGH
+            where = self._map_near(near, reach, size, prot, flags, intend)
         else:
             where = self._injector.syscall(_NR["mmap"], 0, size, prot, flags, -1, 0)
             if where < 0:
@@ -135,10 +147,14 @@ class ProcessAllocator:
             return -errno.EEXIST
         return where
 
-    def _map_near(self, near: int, reach: int, size: int, prot: int, flags: int) -> int:
+    def _map_near(
+        self, near: int, reach: int, size: int, prot: int, flags: int, intend: Callable[[int], None] | None
+    ) -> int:
         tid = self._tid()
         places = holes(procfs.regions(tid), size, near - reach, near + reach, near, procfs.start_brk(tid))
         for place in places:
+            if intend is not None:
+                intend(place)
             where = self._map_at(place, size, prot, flags)
             if where >= 0:
                 return where

@@ -498,7 +498,15 @@ class _Allocator:
         self._target = target
 
     def map(
-        self, size: int, perms: str, *, near: int | None = None, reach: int = 0, at: int | None = None, name: str = ""
+        self,
+        size: int,
+        perms: str,
+        *,
+        near: int | None = None,
+        reach: int = 0,
+        at: int | None = None,
+        name: str = "",
+        intend: Callable[[int], None] | None = None,
     ) -> int:
         """Map zeroed private memory, as the contract says; every mapping here is sparse, and nothing forks.
 
@@ -510,6 +518,8 @@ class _Allocator:
             raise AskedWrong(f"no kind of memory is called {name!r}", hint="noreserve, wipeonfork")
         space = self._target._space
         at = self._target._place(size, near=near, reach=reach, at=at)
+        if intend is not None:
+            intend(at)
         space.map(at, _pages(size), perms)
         self._target._given.append((at, at + _pages(size)))
         return at

@@ -135,6 +135,7 @@ class Session:
         self._begun = 0.0
         self._rows: list[Row] | None = None
         self._finished = False
+        self._created = 0
         self._epoch: list[tuple[int, int]] = []
         self._comms: dict[int, str] = {}
         name = Path(self.argv[0]).name[:15] if self.argv else ""
@@ -251,7 +252,7 @@ class Session:
         Raises: what :meth:`choose` and the engine raise; the target is then what it was.
         """
         plan = self.plan
-        hz = 1e9 if self.engine.clock != "tsc" else hostclock.hz()
+        hz = hostclock.hz() if self.engine.clock in ("tsc", "mono") else 1e9
         options = Options(
             retval=plan.retval,
             depth=plan.depth,
@@ -278,6 +279,8 @@ class Session:
             self.engine.open()
             if self.tracer.events:
                 self._record()
+            elif not self.target.sliced:
+                self._recycle()
             self.engine.commit()
             self.outcome.notes += self.engine.notes
             self._update_meta({})
@@ -310,6 +313,7 @@ class Session:
         assert self.engine.region is not None
         if self.directory is None:
             raise AskedWrong(f"tracer {self.tracer.name} writes events: it needs a directory")
+        self._created = time.time_ns()
         self._epoch = [self._moment()]
         self._writer = Writer(self.directory, self._meta({}))
         self._writer.write_symbols(self._functions())
@@ -317,6 +321,13 @@ class Session:
             return
         alive = getattr(self.target, "alive", None)  # a target whose threads can be looked up from here
         self._drainer = Drainer(self.engine.region, self._sink, alive)
+        self._drainer.start()
+
+    def _recycle(self) -> None:
+        """Give the rings of threads that ended to others, who wait for one, although nothing is drained from them."""
+        assert self.engine.region is not None
+        alive = getattr(self.target, "alive", None)  # a target whose threads can be looked up from here
+        self._drainer = Drainer(self.engine.region, lambda _ring, _data: None, alive)
         self._drainer.start()
 
     def _sink(self, ring: RingInfo, data: memoryview) -> None:
@@ -332,17 +343,19 @@ class Session:
     def _moment(self) -> tuple[int, int]:
         if self.engine.clock == "tsc":
             return hostclock.pair()
+        if self.engine.clock == "mono":
+            return hostclock.pair(time.monotonic_ns)
         return 0, time.time_ns()
 
     def _meta(self, status: dict[str, int]) -> Meta:
         engine, target = self.engine, self.target
-        hz = {"tsc": hostclock.hz(), "icount": 1e9}.get(engine.clock, 0.0)
+        hz = {"tsc": hostclock.hz(), "mono": hostclock.hz(), "icount": 1e9}.get(engine.clock, 0.0)
         lost = engine.region.lost if engine.region is not None else 0
         exe = self.argv[0] if self.argv else ""
         return Meta(
             clock=Clock(engine.clock, hz, tuple(self._epoch)),
             arch=engine.arch.name,
-            created=self._epoch[0][1],
+            created=self._created,
             target=TargetInfo(target.kind, target.pid, self._comm, tuple(self.argv), exe),
             policy=engine.policy,
             nrings=engine.rings,
@@ -486,7 +499,7 @@ class Session:
         if counters is None:
             return self._rows or []
         table = np.frombuffer(counters, dtype=np.uint64).reshape(self.engine.rings, -1, COUNTER // 8)
-        scale = 1e9 / hostclock.hz() if self.engine.clock == "tsc" else 1.0
+        scale = 1e9 / hostclock.hz() if self.engine.clock in ("tsc", "mono") else 1.0
         out = []
         for site, row in self.engine.rows(self._op):
             cells = table[:, row, :]
