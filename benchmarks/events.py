@@ -92,7 +92,7 @@ def run(*, quick: bool = False) -> Result:
     others: list[Callable[[], str]] = []
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         _start_ours(variants, stack, Path(scratch), calls)
-        _start_floor(variants, stack, calls)
+        _start_floor(variants, stack, Path(scratch), calls)
         _start_others(variants, stack, Path(scratch), calls // 5, others)
         order = list(variants.values())
         shuffle = random.Random(1)
@@ -123,7 +123,7 @@ def _check(variants: dict[tuple[str, str], Variant]) -> None:
 def _start_ours(variants: dict[tuple[str, str], Variant], stack: ExitStack, scratch: Path, calls: int) -> None:
     for form, flags in FORMS.items():
         path = hot(*flags)
-        variants[form, "idle"] = Variant(stack.enter_context(Plain(path)), calls)
+        variants[form, "idle"] = Variant(stack.enter_context(Plain(path, scratch)), calls)
         for n, (name, (tracer, plan, _)) in enumerate(OURS.items()):
             program = stack.enter_context(Traced(path, scratch / f"{form}-{n}", tracer, **plan))
             variants[form, name] = Variant(program, calls)
@@ -131,9 +131,9 @@ def _start_ours(variants: dict[tuple[str, str], Variant], stack: ExitStack, scra
                 variants["two threads", name] = Variant(program, calls, threads=2)
 
 
-def _start_floor(variants: dict[tuple[str, str], Variant], stack: ExitStack, calls: int) -> None:
+def _start_floor(variants: dict[tuple[str, str], Variant], stack: ExitStack, scratch: Path, calls: int) -> None:
     path = hot(*FORMS["sled"], more=(HERE / "floor.c", HERE / "floor.S"))
-    program = stack.enter_context(Plain(path))
+    program = stack.enter_context(Plain(path, scratch))
     for name in FLOOR:
         variants["floor", name] = Variant(program, calls, before=f"hook {name}")
     for name in ("off", "entry", "pair"):
@@ -153,7 +153,7 @@ def _start_others(
         "-finstrument-functions-exclude-function-list=loop,timed,main,now,pin,second",
     )
     variants["other", "gcc -finstrument-functions, empty hooks"] = Variant(
-        stack.enter_context(Plain(hot(*instrument, more=(HERE / "empty.c",)))), calls
+        stack.enter_context(Plain(hot(*instrument, more=(HERE / "empty.c",)), scratch)), calls
     )
     if shutil.which("uftrace") is None:
         return
@@ -164,7 +164,7 @@ def _start_others(
     ):
         path = hot(*flags)
         data = scratch / f"uftrace-{len(checks)}"
-        program = Plain(path, "uftrace", "record", "--no-libcall", "--no-event", *how, "-d", str(data))
+        program = Plain(path, scratch, "uftrace", "record", "--no-libcall", "--no-event", *how, "-d", str(data))
         stack.enter_context(program)
         variant = variants["other", name] = Variant(program, calls)
         checks.append(lambda name=name, data=data, variant=variant: _uftrace_kept(name, data, variant))  # type: ignore[misc]  # defaults bind

@@ -84,15 +84,21 @@ class Running(AbstractContextManager["Running"], ABC):
 
 
 class Plain(Running):
-    """Started as it is, or under another tool."""
+    """Started as it is, or under another tool.
 
-    def __init__(self, path: Path, *before: str) -> None:
-        self._command = [*before, str(path), *cpus()]
+    Args:
+        path: the program.
+        scratch: a directory to run in: programs built with -pg leave their gmon.out there.
+        before: the command that runs it.
+    """
+
+    def __init__(self, path: Path, scratch: Path, *before: str) -> None:
+        self._command, self._scratch = [*before, str(path), *cpus()], scratch
         super().__init__()
 
     def _start(self, stdin: int, stdout: int) -> None:
         self._child = subprocess.Popen(
-            self._command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd="/"
+            self._command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=self._scratch
         )
 
     def _end(self) -> None:
@@ -106,7 +112,7 @@ class Traced(Running):
 
     Args:
         path: the program.
-        directory: where the trace goes.
+        directory: where the trace goes; the program runs in its parent.
         tracer: name of a tracer.
         drained: keep draining; else the ring is a flight recorder that nobody reads meanwhile.
         plan: more fields of the session's plan.
@@ -124,7 +130,7 @@ class Traced(Running):
 
     def _start(self, stdin: int, stdout: int) -> None:
         argv = [str(self._path), *cpus()]
-        target = process.spawn(argv, stdin=stdin, stdout=stdout)
+        target = process.spawn(argv, stdin=stdin, stdout=stdout, cwd=self._directory.parent)
         shutil.rmtree(self._directory, ignore_errors=True)
         self.session = Session(target, self._plan, directory=self._directory, started=True, argv=argv)
         try:
