@@ -48,17 +48,25 @@ def test_what_is_dropped_is_counted(build, tmp_path) -> None:
     assert sum(seen.counts.values()) + seen.outcome.lost == sum(truth(*sizes).values())
 
 
-@pytest.mark.parametrize("tracer", ["function", "profile"])
-def test_more_threads_than_rings(build, tmp_path, tracer: str) -> None:
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_threads_wait_for_the_rings_of_those_that_end(build, tmp_path, tracer: str) -> None:
+    sizes = (24, 2000, 1)
+    seen = traced(build, tmp_path, sizes, tracer=tracer, rings=8, policy=Policy.BLOCK)
+    assert seen.outcome.lost == 0
+    assert seen.counts == truth(*sizes)
+
+
+def test_more_threads_than_rings(build, tmp_path) -> None:
     """Threads that find no ring run on; what they would have said is counted."""
     sizes = (24, 2000, 1)
-    seen = traced(build, tmp_path, sizes, tracer=tracer, rings=8, **({"parent": False} if tracer == "function" else {}))
+    seen = traced(build, tmp_path, sizes, tracer="function", parent=False, rings=8, policy=Policy.DROP)
     assert sum(seen.counts.values()) + seen.outcome.lost == sum(truth(*sizes).values())
 
 
-def test_a_thousand_threads_one_after_the_other(build, tmp_path) -> None:
-    """Rings are given back by threads that ended, or what happens without one is counted."""
+@pytest.mark.parametrize("tracer", ["function", "profile"])
+def test_a_thousand_threads(build, tmp_path, tracer: str) -> None:
+    """Four at a time, a thousand in all, with sixteen rings: rings pass from those that ended to those that begin."""
     sizes = (4, 10, 250)
-    seen = traced(build, tmp_path, sizes, tracer="function", parent=False)
-    assert sum(seen.counts.values()) + seen.outcome.lost == sum(truth(*sizes).values())
-    assert sum(seen.counts.values()) > 0
+    seen = traced(build, tmp_path, sizes, tracer=tracer, rings=16, policy=Policy.BLOCK)
+    assert seen.outcome.lost == 0
+    assert seen.counts == truth(*sizes)
