@@ -264,7 +264,8 @@ class Bench:
         """Body of the next function: calls `to` and returns."""
         at = at or SITES + 0x100 * len(self.sites) + len(self.dress.nops)
         if self.arch.name == "x86_64":
-            return b"\xe8" + struct.pack("<i", to.at - at - 5) + b"\xc3"
+            call = b"\xe8" + struct.pack("<i", to.at - (at + 4) - 5)
+            return bytes.fromhex("4883ec08") + call + bytes.fromhex("4883c408 c3")  # sub rsp, 8; ... add rsp, 8; ret
         from fentry.arch.riscv64 import code
 
         save = bytes.fromhex("4111 06e4")  # c.addi sp, -16; c.sdsp ra, 8(sp)

@@ -68,7 +68,6 @@ def test_refusals():
         ARCH.slot_layout(SlotShape(1, 1, "mcount"))
     with pytest.raises(OutOfReach):
         ARCH.slot(SlotPlan(0x1000, 0x2000, SLED, 0x2005, (1 << 40,)))
-    hooked = SlotPlan(0x1000, 0x2000, SLED, 0x2005, (0x3000,), (0x3000,))
     for plane in (None, ReturnPlane(0, 0, 3 << 20), ReturnPlane(0, 4096, 1 << 20), ReturnPlane(0, 1 << 40, 1 << 20)):
         with pytest.raises(EngineBug, match="aligned power-of-two"):
             ARCH.slot(
@@ -142,9 +141,8 @@ def rows_of(info, at):
             continue
         begin = entry.header["initial_location"]
         assert listed.pop(begin) == at + frames + entry.offset
-        rows = []
-        for line in entry.get_decoded().table:
-            rows.append((line["pc"] - begin, line["cfa"].reg, line["cfa"].offset, line[16]))
+        table_ = entry.get_decoded().table
+        rows = [(line["pc"] - begin, line["cfa"].reg, line["cfa"].offset, line[16]) for line in table_]
         out[begin] = (entry, rows)
     assert not listed
     return out
