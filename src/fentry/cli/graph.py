@@ -46,9 +46,6 @@ def graph(output: str | None, lines: int | None, **given: Any) -> int:
         with tempfile.TemporaryDirectory(prefix="fentry-") as scratch:
             directory = Path(scratch) / "trace"
             run = _trace(asked, directory, limited=bool(lines))
-            if not asked.quiet:
-                for line in traced.remarks(run):
-                    show.say(f"fentry: {line}")
             if run.outcome is not None:
                 _print(directory, sink or (_Stderr() if run.started else show.output()), lines, run, where=output or "")
     finally:
@@ -66,6 +63,8 @@ def _trace(asked: options.Asked, directory: Path, *, limited: bool) -> traced.Ru
         ):
             session = run.session
             traced.wait(run, asked, signals, enough=lambda: limited and session.records > ENOUGH)
+            if not asked.quiet:
+                traced.remark(run)
     except TraceError as error:
         if asked.argv and (verb := near(asked.argv[0])) and traced.find(asked.argv[0]) == asked.argv[0]:
             error.hint = f"fentry {verb} --help, if that was meant"

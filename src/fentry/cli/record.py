@@ -45,8 +45,8 @@ def record(tracer: str, directory: str, **given: Any) -> int:
         traced.traced(asked, directory=Path(directory), tracer=tracer) as run,
     ):
         traced.wait(run, asked, signals)
-    if not asked.quiet:
-        report(run, directory)
+        if not asked.quiet:
+            report(run, directory)
     return run.status()
 
 
@@ -63,8 +63,7 @@ def report(run: traced.Run, directory: str) -> None:
     outcome = run.outcome
     if outcome is None:
         return
-    for line in traced.remarks(run):
-        show.say(f"fentry: {line}")
+    traced.remark(run)
     if run.error is None:
         where = "" if directory == "fentry.data" else f" -i {directory}"
         records = show.count(outcome.events, "record")

@@ -56,9 +56,8 @@ def stat(directory: str | None, hits: bool, sort: str | None, as_json: bool, out
     with traced.Signals() as signals, traced.traced(asked, directory=None, tracer="profile", times=not hits) as run:
         traced.wait(run, asked, signals)
         counted = run.session.rows()
-    if not asked.quiet:
-        for line in traced.remarks(run):
-            show.say(f"fentry: {line}")
+        if not asked.quiet:
+            traced.remark(run)
     timed = not hits and run.session.engine.clock != "order"
     _write([of_counters(row, timed=timed) for row in counted], sort, as_json, output, to_stderr=run.started)
     return run.status()

@@ -246,6 +246,12 @@ def _wait_for_end(run: Run, signals: Signals, patience: int) -> None:
         run.number = signals.leaving(patience=patience)
 
 
+def remark(run: Run) -> None:
+    """Say :func:`remarks`."""
+    for line in remarks(run):
+        show.say(f"fentry: {line}")
+
+
 def remarks(run: Run) -> list[str]:
     """What must be said of a run besides its result: losses, functions left out, what could not be undone."""
     outcome = run.outcome
