@@ -164,7 +164,7 @@ class Engine:
 
     def _open(self, extra_sites: int) -> None:
         target = self.target
-        allocator = need(target.allocator, "memory allocator", target=target)
+        need(target.allocator, "memory allocator", target=target)
         shared = need(target.shared, "shared memory", target=target)
         self._check_threads()
         count = len(self._armed) + extra_sites

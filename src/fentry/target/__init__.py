@@ -12,6 +12,7 @@ architecture's ``facts.py`` (kernel names: ``rip rsp ...``, ``pc sp ra ...``).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 

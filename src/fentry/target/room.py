@@ -122,7 +122,7 @@ class ProcessAllocator:
             if where < 0:
                 raise _refused("mmap", where, size)
         elif near is not None or intend is not None:
-            if near is None:  # where the kernel would look first
+            if near is None:  # high up, above where the kernel begins to look: in nobody's way
                 near, reach = _HIGH, _HIGH
             where = self._map_near(near, reach, size, prot, flags, intend)
         else:
@@ -151,7 +151,8 @@ class ProcessAllocator:
         self, near: int, reach: int, size: int, prot: int, flags: int, intend: Callable[[int], None] | None
     ) -> int:
         tid = self._tid()
-        places = holes(procfs.regions(tid), size, near - reach, near + reach, near, procfs.start_brk(tid))
+        high = min(near + reach, _HIGH)  # [vsyscall] lies beyond
+        places = holes(procfs.regions(tid), size, near - reach, high, near, procfs.start_brk(tid))
         for place in places:
             if intend is not None:
                 intend(place)
