@@ -182,7 +182,7 @@ def test_recover(say: str, tmp_path: Path) -> None:
 def text_of(pid: int) -> bytes:
     """The program's own code, as it is in memory."""
     with Path(f"/proc/{pid}/mem").open("rb") as memory:
-        exe = os.readlink(f"/proc/{pid}/exe")
+        exe = str(Path(f"/proc/{pid}/exe").readlink())
         for mapping in Path(f"/proc/{pid}/maps").read_text().splitlines():
             if " r-xp " in mapping and mapping.endswith(exe):
                 low, high = (int(word, 16) for word in mapping.split()[0].split("-"))

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except click.UsageError as error:
-        show.complain(error.format_message(), f"{error.ctx.command_path if error.ctx else 'fentry'} --help")
+        show.complain(error.format_message(), f"{error.ctx.command_path.strip() if error.ctx else 'fentry'} --help")
         status = error.exit_code
     except (click.exceptions.Exit, click.ClickException) as error:
         status = error.exit_code
@@ -154,6 +154,8 @@ def _silence() -> None:
 
 def near(word: str) -> str:
     """The verb that somebody may have meant, or ""."""
+    if "/" in word:
+        return ""
     found = difflib.get_close_matches(word, VERBS, 1, 0.7)
     return found[0] if found else ""
 

@@ -119,8 +119,9 @@ def what_to_trace(command: F) -> F:
             click.option("--emulate", is_flag=True, help="Run the program in the emulator (foreign ones go there)."),
             click.option(
                 "--clock",
-                type=click.Choice(["tsc", "order", "icount"]),
-                help="tsc: time; order: sequence only, cheapest; icount: instructions, in the emulator.",
+                metavar="CLOCK",
+                help="tsc: time [default]; mono: the same as CLOCK_MONOTONIC; order: sequence only, cheapest; icount: "
+                "instructions, in the emulator [default there].",
             ),
             click.option("--buffer-size", type=Size(), metavar="SIZE", help="Ring of each thread [1M]."),
             click.option("--threads", type=click.IntRange(1, 1 << 16), metavar="N", help="How many can record [256]."),

@@ -26,8 +26,8 @@ from fentry.errors import AskedWrong
 def record(tracer: str, directory: str, **given: Any) -> int:
     """Record the calls of a program, or of a running process.
 
-    The program's input, output and exit status are its own. Ctrl-C goes to the program; pressed twice it lets the program
-    go on without fentry. With --pid, Ctrl-C ends the tracing only. A trace that is already in DIR becomes DIR.old.
+    The program's input, output and exit status are its own. Ctrl-C goes to the program; pressed twice it lets it go on
+    without fentry. With --pid, Ctrl-C ends the tracing only. A trace that is already in DIR becomes DIR.old.
 
     \b
     fentry record ./program its arguments

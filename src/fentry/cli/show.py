@@ -7,6 +7,7 @@ stderr, and a stderr that is closed or full never disturbs what is being traced.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -72,8 +73,10 @@ def to_file(path: str) -> TextIO:
 
 def failed(error: OSError) -> CannotHere:
     """Turn an operating system's refusal into words."""
-    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-    return CannotHere(f"{where}{error.strerror or error}")
+    where = os.fsdecode(error.filename) if error.filename else ""
+    if not where and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        where = "cannot write"  # a stream without a name: standard output
+    return CannotHere(f"{where}: {error.strerror}" if where else str(error.strerror or error))
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], out: TextIO) -> None:

@@ -123,6 +123,8 @@ def ordered(rows: list[dict[str, Any]], sort: str | None) -> list[dict[str, Any]
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines as in the kernel's trace_stat, with more columns. Source: kernel/trace/ftrace.c ``function_stat_show``."""
+    if not rows:
+        return ["  no function was called\n"]
     modules = {row["module"] for row in rows}
     names = [f"{r['function']} [{r['module']}]" if len(modules) > 1 else r["function"] for r in rows]
     width = min(max([30, *map(len, names)]), 60)

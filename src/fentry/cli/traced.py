@@ -116,10 +116,12 @@ def is_foreign(path: str) -> bool:
     from fentry.target.launch import elf_kind
 
     try:
-        kind = elf_kind(path)
-    except (OSError, TraceError):
+        with Path(path).open("rb") as file:
+            if file.read(4) != b"\x7fELF":
+                return False
+        return elf_kind(path) != elf_kind("/proc/self/exe")
+    except (OSError, TraceError):  # starting it will say what is wrong
         return False
-    return bool(kind) and kind != elf_kind("/proc/self/exe")
 
 
 def find(program: str) -> str:
