@@ -1,18 +1,20 @@
-"""How many events per second the decoder makes columns of, on one core.
-
-Run: ``python benchmarks/decode.py [MILLIONS]``. Prints one line per kind of trace: the best of five runs.
-"""
+"""How many events per second the decoder makes columns of, on one core."""
 
 from __future__ import annotations
 
 import os
-import sys
+import statistics
 import time
 
 import numpy as np
 
+from benchmarks.report import Limit, Result
+from benchmarks.report import Table as ResultTable
 from fentry.record.event import Clock, decode
 from fentry.record.layout import EXT_PARENT, EXT_RETVAL, Kind, Table
+
+ABOUT = """\
+Records of random sites, as they come from a ring, into an Arrow table: one core, processor time, kinds in turn."""
 
 SITES, STRIDE = 20_000, 128
 BASE = 0x5555_5555_0000
@@ -39,10 +41,19 @@ def with_extension(words: np.ndarray, which: int) -> np.ndarray:
     return out
 
 
-def main() -> None:
-    n = int(float(sys.argv[1]) * 1e6) if len(sys.argv) > 1 else 4_000_000
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+def run(*, quick: bool = False) -> Result:
+    """Measure; one page."""
+    n, rounds = (1_000_000, 2) if quick else (4_000_000, 7)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        return measure(n, rounds)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def measure(n: int, rounds: int) -> Result:
+    """Decode `n` records of each kind in turn, `rounds` times."""
     clock = Clock("tsc", 2.5e9, ((10**15, 1_700_000_000_000_000_000),))
     marks = {13: Kind.ENTRY, 61: Kind.EXIT}
     one = [Table(BASE, STRIDE, marks, list(range(SITES)))]
@@ -56,16 +67,18 @@ def main() -> None:
         ("with parent", with_extension(plain[: n // 2], EXT_PARENT), one, clock),
         ("with retval", with_extension(plain[: n // 2], EXT_RETVAL), four, clock),
     ]
-    for name, words, tables, which in cases:
-        best, events = float("inf"), 0
-        for _ in range(5):
-            start = time.perf_counter()
+    rates: dict[str, list[float]] = {case[0]: [] for case in cases}
+    for _ in range(rounds):
+        for name, words, tables, which in cases:
+            start = time.process_time()
             table, damaged = decode(words, tables, which, nsites=SITES, pid=1, tid=1)
-            best = min(best, time.perf_counter() - start)
-            events = table.num_rows
+            rates[name].append(table.num_rows / (time.process_time() - start) / 1e6)
             assert not damaged
-        print(f"{name:16s} {events / best / 1e6:7.1f} M events/s   ({best / events * 1e9:.1f} ns per event)")
-
-
-if __name__ == "__main__":
-    main()
+    result = Result("decode", ABOUT, notes=[f"{rounds} rounds of {n:,} records"])
+    shown = ResultTable("Events made columns of", ("kind of trace", "M events/s, median", "best", "ns per event"))
+    for name, seen in rates.items():
+        median = statistics.median(seen)
+        shown.rows.append((name, median, max(seen), 1e3 / median))
+    result.tables.append(shown)
+    result.limits.append(Limit("plain", statistics.median(rates["plain"]), 20.0, "M events/s", least=True))
+    return result

@@ -13,8 +13,8 @@ from tests.programs.build import build
 
 ABOUT = """\
 Instructions that the guest retires for one traced call, all inclusive: the two of the patched sled, the slot, and the
-programs. *Each* is the difference between a long and a short run, divided by the calls between them; *first* is what the
-first calls cost on top (a ring is claimed). Virtual time counts only the program's own instructions."""
+programs. *Each* is the difference between a long and a short run, divided by the calls between them; *first* is what
+the first calls cost on top (a ring is claimed). Virtual time counts only the program's own instructions."""
 
 #: name -> tracer, plan, and whether it is entry and exit
 TRACERS: dict[str, tuple[str, dict[str, object], bool]] = {
@@ -50,7 +50,8 @@ def overhead(path: Path, calls: int, tracer: str, plan: dict[str, object], direc
             session.start()
             stop = session.wait()
             session.finish()
-            assert stop is not None and stop.kind == "exited" and stop.status == 0, stop
+            assert stop is not None
+            assert (stop.kind, stop.status) == ("exited", 0), stop
             assert session.outcome.lost == 0
             return target.overhead
     finally:
