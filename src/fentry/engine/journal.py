@@ -133,6 +133,13 @@ def encode(meta: Meta, word: int) -> tuple[int, bytes, bytes]:
     return at, data, struct.pack("<II", len(data), at)
 
 
+def _word(value: object) -> int:
+    """Check that `value` fits a word of the target: whoever calculates with it counts on that."""
+    if not isinstance(value, int) or not 0 <= value < 1 << 64:
+        raise ValueError(f"{str(value)[:40]} is not a 64-bit number")
+    return value
+
+
 def parse(data: bytes) -> tuple[Meta, list[Entry]]:
     """Read a journal out of target memory; it is untrusted.
 
@@ -147,17 +154,19 @@ def parse(data: bytes) -> tuple[Meta, list[Entry]]:
         try:
             raw = json.loads(data[min(start, META_ROOM) : min(start + size, META_ROOM)])
             meta = Meta(
-                mappings=[(int(a), int(b)) for a, b in raw["mappings"]],
-                code=[(int(a), int(b)) for a, b in raw["code"]],
-                hooks=[HookTable(*(int(h[k]) for k in ("base", "stride", "count", "hook"))) for h in raw["hooks"]],
-                shadow=int(raw["shadow"]),
-                low=int(raw["low"]),
-                size=int(raw["size"]),
-                context=(int(raw["context"][0]), int(raw["context"][1])),
-                tls=int(raw["tls"]),
-                region=(int(raw["region"][0]), int(raw["region"][1])),
+                mappings=[(_word(a), _word(b)) for a, b in raw["mappings"]],
+                code=[(_word(a), _word(b)) for a, b in raw["code"]],
+                hooks=[HookTable(*(_word(h[k]) for k in ("base", "stride", "count", "hook"))) for h in raw["hooks"]],
+                shadow=_word(raw["shadow"]),
+                low=_word(raw["low"]),
+                size=_word(raw["size"]),
+                context=(_word(raw["context"][0]), _word(raw["context"][1])),
+                tls=_word(raw["tls"]),
+                region=(_word(raw["region"][0]), _word(raw["region"][1])),
             )
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            if not all(h.stride for h in meta.hooks):
+                raise ValueError("slots of no size")
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise TargetRefused(f"the undo journal is damaged: {error}") from None
     entries = []
     for i in range(min(count, (len(data) - META_ROOM) // ENTRY)):
