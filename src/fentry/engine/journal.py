@@ -140,6 +140,11 @@ def _word(value: object) -> int:
     return value
 
 
+def _distance(value: object) -> int:
+    """Check a distance between two words of the target: the mirror may lie below what it mirrors."""
+    return value if isinstance(value, int) and value < 0 and _word(-value) else _word(value)
+
+
 def parse(data: bytes) -> tuple[Meta, list[Entry]]:
     """Read a journal out of target memory; it is untrusted.
 
@@ -157,7 +162,7 @@ def parse(data: bytes) -> tuple[Meta, list[Entry]]:
                 mappings=[(_word(a), _word(b)) for a, b in raw["mappings"]],
                 code=[(_word(a), _word(b)) for a, b in raw["code"]],
                 hooks=[HookTable(*(_word(h[k]) for k in ("base", "stride", "count", "hook"))) for h in raw["hooks"]],
-                shadow=_word(raw["shadow"]),
+                shadow=_distance(raw["shadow"]),
                 low=_word(raw["low"]),
                 size=_word(raw["size"]),
                 context=(_word(raw["context"][0]), _word(raw["context"][1])),
