@@ -139,7 +139,7 @@ def test_killed_while_it_recovers(checked, tmp_path, full: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_killed_at_any_time_under_load(checked, tmp_path, full: bool, tracer: str) -> None:
-    """Deep recursion in four threads: hundreds of frames are in flight when the tracer dies, and when it is put right."""
+    """Four threads dive deep: hundreds of frames are in flight when the tracer dies, and when all is put right."""
     program = checked(hard=True)
     before = picture(program.pid)
     chance = random.Random(11)
