@@ -88,7 +88,7 @@ def spawn(
         directory: where to write the trace; None: a temporary one, removed with the last reference to the Tracing.
         env: environment, ours if None.
         cwd: directory to start in, ours if None.
-        stdin: a descriptor, an open file, or None for ours; likewise ``stdout`` and ``stderr``.
+        stdin: a descriptor, an open file, subprocess.DEVNULL, or None for ours; likewise ``stdout`` and ``stderr``.
         stdout: see ``stdin``.
         stderr: see ``stdin``.
         **plan: fields of :class:`fentry.tracers.session.Plan`: clock, policy, ring_size, retval, depth, ...
@@ -111,9 +111,16 @@ def spawn(
     words = [os.fspath(word) for word in argv]
 
     def start() -> Target:
+        import subprocess
+
         from fentry.target.process import spawn as start_program
 
-        return start_program(words, env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr)
+        nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            given = [nowhere if s == subprocess.DEVNULL else s for s in (stdin, stdout, stderr)]
+            return start_program(words, env=env, cwd=cwd, stdin=given[0], stdout=given[1], stderr=given[2])
+        finally:
+            os.close(nowhere)
 
     return Tracing(start, asked, directory, started=True, argv=words)
 

@@ -165,8 +165,9 @@ def take(image: Image, module: str = "", *, main: bool = False) -> Census:
 
 def _code(image: Image, at: int, size: int) -> bytes:
     """Bytes at `at`, fewer at the end of a segment."""
+    end = next((s.vaddr + s.memsz for s in image.segments if s.vaddr <= at < s.vaddr + s.memsz), at)
     try:
-        return image.read(at, size)
+        return image.read(at, min(size, end - at))
     except BadImage:
         return b""
 
