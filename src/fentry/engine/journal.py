@@ -141,8 +141,10 @@ def _word(value: object) -> int:
 
 
 def _distance(value: object) -> int:
-    """Check a distance between two words of the target: the mirror may lie below what it mirrors."""
-    return value if isinstance(value, int) and value < 0 and _word(-value) else _word(value)
+    """Check a distance between mappings: the mirror may lie below what it mirrors, but by whole pages."""
+    if isinstance(value, int) and value < 0 and value % 4096 == 0:
+        return -_word(-value)
+    return _word(value)
 
 
 def parse(data: bytes) -> tuple[Meta, list[Entry]]:
