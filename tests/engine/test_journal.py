@@ -14,7 +14,8 @@ from fentry.errors import EngineBug, TargetRefused
 U64 = st.integers(0, (1 << 64) - 1)
 PAIRS = st.lists(st.tuples(U64, U64), max_size=5)
 METAS = st.builds(
-    Meta, PAIRS, PAIRS, st.lists(st.builds(HookTable, U64, st.integers(1, 1 << 20), U64, U64), max_size=3), U64, U64, U64,
+    Meta, PAIRS, PAIRS,
+    st.lists(st.builds(HookTable, U64, st.integers(1, 1 << 20), U64, U64), max_size=3), U64, U64, U64,
     st.tuples(U64, U64), U64, st.tuples(U64, U64),
 )  # fmt: skip
 ENTRIES = st.lists(
