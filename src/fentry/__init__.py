@@ -148,9 +148,9 @@ def attach(
         TraceError: it cannot be traced; it goes on unharmed.
 
     >>> import fentry, subprocess
-    >>> cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    >>> with fentry.attach(cat.pid, tracer="profile", functions=["libc.so.6:*"]) as tracing:
-    ...     answer = cat.communicate(b"hello")[0]
+    >>> with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as cat:
+    ...     with fentry.attach(cat.pid, tracer="profile", functions=["libc.so.6:*"]) as tracing:
+    ...         answer = cat.communicate(b"hello")[0]
     >>> answer, cat.returncode, all(row["hits"] > 0 for row in tracing.stat())
     (b'hello', 0, True)
     """

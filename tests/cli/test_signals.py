@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import FENTRY, PATIENCE, environment, fentry, line, running
+from tests.cli.conftest import FENTRY, PATIENCE, environment, fentry, line, run, running
 
 pytestmark = pytest.mark.live
 
@@ -199,3 +201,50 @@ def wait_for(what: object, tracer: subprocess.Popen[bytes]) -> None:
         assert tracer.poll() is None, tracer.stderr and tracer.stderr.read()
         assert time.monotonic() < deadline
         select.select([], [], [], 0.01)
+
+
+def test_another_users_process(say: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    script = (
+        "import os, sys\n"
+        # modules may lie where only root may read
+        "import locale, fentry.tracers.session, fentry.target.process, fentry.cli.record, fentry.cli.traced\n"
+        "fentry.tracers.all_tracers()\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "from fentry.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    with running(say, "spin") as program:
+        assert line(program.stdout) == "ready"
+        done = run(sys.executable, "-c", script, "record", "--pid", str(program.pid))
+        assert done.returncode == 1
+        assert f"fentry: process {program.pid} belongs to uid 0, this is uid 65534\n  try: " in done.stderr.decode()
+        assert program.poll() is None
+
+
+def test_progress_line_on_a_terminal() -> None:
+    """Shown when something takes long, gone when it is done; nothing at all elsewhere."""
+    script = (
+        "import sys\nfrom fentry.cli import show\nshow.PATIENCE = 0.01\n"
+        "with show.Progress('looking') as progress:\n    progress('hooking'); progress._timer.join()\n"
+        "print('done', file=sys.stderr)\n"
+    )
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stderr=theirs, stdout=subprocess.PIPE, env=environment(TERM="xterm")
+    ) as program:
+        os.close(theirs)
+        assert program.stdout is not None
+        assert program.stdout.read() == b""
+    seen = b""
+    with contextlib.suppress(OSError):
+        while more := os.read(ours, 4096):
+            seen += more
+    os.close(ours)
+    assert b"fentry: hooking (" in seen
+    erased = seen.rpartition(b"fentry: hooking (")[2]
+    assert b"\x1b[2K" in erased
+    assert erased.endswith(b"done\r\n")
+    silent = run(sys.executable, "-c", script.replace("progress._timer.join()", "pass"))
+    assert (silent.stdout, silent.stderr) == (b"", b"done\n")
