@@ -7,7 +7,7 @@ the engine, which checks the target's memory against them before it writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +123,7 @@ def take(image: Image, module: str = "", *, main: bool = False) -> Census:
     verdicts: dict[int, Verdict] = {}
     bare: list[Function] = []
     unwinder = _UNWINDER_LIBRARY.fullmatch(module) is not None
+    code = _Code(image)
 
     def judge(f: Function, sled: Sled | None, site: int, reason: str) -> None:
         returns, why = True, ""
@@ -143,9 +144,9 @@ def take(image: Image, module: str = "", *, main: bool = False) -> Census:
         hint = hints.get(f.address)
         if hint is not None:
             kind = hint.kind
-            if kind == "nop" and hint.address == f.address + arch.landing_pad(_code(image, f.address, 8)):
+            if kind == "nop" and hint.address == f.address + arch.landing_pad(code.read(f.address, 8)):
                 kind = "fentry"  # a recorded nop at the entry stands for a call at the entry
-            found = arch.sled_at(_code(image, hint.address, 32), kind)
+            found = arch.sled_at(code.read(hint.address, 32), kind)
             if isinstance(found, Sled):
                 judge(f, found, hint.address, "")
                 continue
@@ -153,63 +154,62 @@ def take(image: Image, module: str = "", *, main: bool = False) -> Census:
                 judge(f, None, hint.address, found.reason)
                 continue
         else:
-            start = f.address + arch.landing_pad(_code(image, f.address, 8))
-            found = arch.sled_at(_code(image, start, 32), "scan")
+            start = f.address + arch.landing_pad(code.read(f.address, 8))
+            found = arch.sled_at(code.read(start, 32), "scan")
             if isinstance(found, Sled):
                 judge(f, found, start, "")
                 continue
         bare.append(f)
-    _without_sled(image, arch, bare, functions, judge)
+    _without_sled(code, arch, bare, functions, judge)
     return Census(image, arch, module, [verdicts[f.address] for f in functions])
 
 
-def _code(image: Image, at: int, size: int) -> bytes:
-    """Bytes at `at`, fewer at the end of a segment."""
-    end = next((s.vaddr + s.memsz for s in image.segments if s.vaddr <= at < s.vaddr + s.memsz), at)
-    try:
-        return image.read(at, min(size, end - at))
-    except BadImage:
-        return b""
+class _Code:
+    """The executable bytes of an image, read once: tens of thousands of little reads take longer than the judging."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self.ranges = [(lo, hi, image.read(lo, hi - lo)) for lo, hi in image.executable_ranges()]
+
+    def read(self, at: int, size: int) -> bytes:
+        """Bytes at `at`, fewer at the end of a segment; none where there is nothing."""
+        for lo, hi, text in self.ranges:
+            if lo <= at and at + size <= hi:
+                return text[at - lo : at - lo + size]
+        segments = self._image.segments
+        end = next((s.vaddr + s.memsz for s in segments if s.vaddr <= at < s.vaddr + s.memsz), at)
+        try:
+            return self._image.read(at, min(size, end - at))
+        except BadImage:
+            return b""
 
 
 def _without_sled(
-    image: Image, arch: Arch, bare: Sequence[Function], functions: Sequence[Function], judge: object
+    code: _Code, arch: Arch, bare: Sequence[Function], functions: Sequence[Function], judge: object
 ) -> None:
     """Judge functions that have no sled: the entry jump, planned for a whole text range at once."""
     assert callable(judge)
     starts = [f.address for f in functions]
-    ranges = image.executable_ranges()
     following = dict(zip(starts, [*starts[1:], 1 << 63], strict=True))
-    for lo, hi in ranges:
+    for lo, hi, text in code.ranges:
         inside = [f for f in bare if lo <= f.address < hi]
         if not inside:
             continue
-        text = image.read(lo, hi - lo)
         jobs = []
         for f in inside:
             room = min(following[f.address], hi) - f.address
             jobs.append((f.address, min(f.size, room), room))
-        planned = arch.plan_entries(text, lo, jobs, _reader(image))
+        planned = arch.plan_entries(text, lo, jobs, code.read)
         for f, plan in zip(inside, planned, strict=True):
             if isinstance(plan, Sled):
                 pad = arch.landing_pad(text[f.address - lo : f.address - lo + 8])
                 judge(f, plan, f.address + pad, "")
             else:
                 judge(f, None, f.address, plan.reason)
-    known = {f.address for lo, hi in ranges for f in bare if lo <= f.address < hi}
+    known = {f.address for lo, hi, _ in code.ranges for f in bare if lo <= f.address < hi}
     for f in bare:
         if f.address not in known:
             judge(f, None, f.address, "not in executable memory")
-
-
-def _reader(image: Image) -> Callable[[int, int], bytes]:
-    def read(at: int, size: int) -> bytes:
-        try:
-            return image.read(at, size)
-        except BadImage:
-            return b""
-
-    return read
 
 
 @dataclass(frozen=True, slots=True)
