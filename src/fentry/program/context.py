@@ -8,7 +8,7 @@ A context (256 bytes per ring, zeroed in a forked child) holds four levels of 64
    24  data   address of the ring's bytes, less the stream position where this lap of the ring began
    32  limit  stream position up to which there is room in this lap: the ring's own limit when last looked at,
               or the end of the lap, so that the hot path neither masks nor touches what the host writes
-   40  index  ring index; also the row in the counter table
+   40  table  address of the thread's counter rows
    48  depth  nesting of hooked calls
    56  acc    time spent in finished callees (profile)
 
@@ -27,7 +27,7 @@ from fentry.record import layout as ring_layout
 CONTEXT = 256
 LEVEL = 64
 LEVELS = 4
-C_KEY, C_OWNER, C_RING, C_DATA, C_LIMIT, C_INDEX, C_DEPTH, C_ACC = range(0, 64, 8)
+C_KEY, C_OWNER, C_RING, C_DATA, C_LIMIT, C_TABLE, C_DEPTH, C_ACC = range(0, 64, 8)
 
 #: key of a context in a hashed table that belongs to nobody
 NO_KEY = (1 << 64) - 1
@@ -83,11 +83,16 @@ class Context:
         self.text.store(value, self._where(offset), volatile=volatile, space=self.segment)
 
 
-def ring_data(t: Text, lay: Layout, index: str) -> str:
-    """Address of a ring's bytes."""
-    return t.op(
-        f"add i64 {t.op(f'mul i64 {index}, {lay.ring_size}')}, {lay.region + ring_layout.data_offset(lay.nrings)}"
-    )
+def ring_index(t: Text, lay: Layout, header: str) -> str:
+    """Number of a ring, from the address of its header."""
+    offset = t.op(f"sub i64 {header}, {lay.region + ring_layout.PAGE}")
+    return t.op(f"lshr i64 {offset}, {ring_layout.RING_HEADER.bit_length() - 1}")
+
+
+def ring_data(t: Text, lay: Layout, header: str) -> str:
+    """Address of a ring's bytes, from the address of its header."""
+    bytes_before = t.op(f"mul i64 {ring_index(t, lay, header)}, {lay.ring_size}")
+    return t.op(f"add i64 {bytes_before}, {lay.region + ring_layout.data_offset(lay.nrings)}")
 
 
 def busy(t: Text, pointer: str | None) -> str:
@@ -311,10 +316,10 @@ def acquire(d: Dialect, lay: Layout) -> str:
     t.label("waited")
     t.add("br label %room")
     body = "\n".join([f"define internal ptr @acquire(i64 %need) {ATTRIBUTES} noinline {{", "start:", *t.lines, "}"])
-    return "\n".join([_claim(), _grow(lay), body])
+    return "\n".join([_claim(lay), _grow(lay), body])
 
 
-def _claim() -> str:
+def _claim(lay: Layout) -> str:
     """``@claim``: fill a ring header and a context level."""
     t = Text()
     for offset, value in (
@@ -327,7 +332,7 @@ def _claim() -> str:
     for offset, value in (
         (C_RING, t.op("ptrtoint ptr %header to i64")),
         (C_LIMIT, "0"),  # the first event takes the slow road, which sets data and limit
-        (C_INDEX, "%n"),
+        (C_TABLE, t.op(f"add i64 {t.op(f'mul i64 %n, {lay.sites * COUNTER}')}, {lay.counters}")),
         (C_DEPTH, "0"),
         (C_ACC, "0"),
     ):
@@ -366,7 +371,7 @@ def _grow(lay: Layout) -> str:
     ids = t.load(t.at(ring0, ring_layout.H_PID))
     tid = t.op(f"lshr i64 {ids}, 32")
     pid = t.op(f"and i64 {ids}, 4294967295")
-    index = t.load(t.at("%base", C_INDEX))
+    index = ring_index(t, lay, t.load(t.at("%base", C_RING)))
     t.add(f"call void @claim(ptr %cl, ptr {header}, i64 {i}, i64 %tpk, i64 {pid}, i64 {tid}, i64 %level, i64 {index})")
     t.store(t.op("sub i64 %tpk, 1"), t.at("%cl", C_KEY), volatile=True)
     t.add("ret i1 true")

@@ -22,11 +22,11 @@ from fentry.program.context import (
     C_ACC,
     C_DATA,
     C_DEPTH,
-    C_INDEX,
     C_KEY,
     C_LIMIT,
     C_OWNER,
     C_RING,
+    C_TABLE,
     COUNTER,
     IN_SLOT,
     K_HITS,
@@ -124,7 +124,6 @@ class Module:
                 "declare i64 @llvm.readcyclecounter()",
                 "declare i64 @llvm.read_register.i64(metadata)",
                 "declare i64 @llvm.umin.i64(i64, i64)",
-                "declare i64 @llvm.umax.i64(i64, i64)",
                 "declare ptr @llvm.addressofreturnaddress.p0()" if d.return_slot else "",
                 d.declares,
                 *self.functions,
@@ -300,7 +299,7 @@ class Module:
         if full is not None:
             full(t.op(f"icmp ugt i64 {end}, {ctx.load(C_LIMIT)}"))
             first = t.pointer(t.op(f"add i64 {ctx.load(C_DATA)}, {pos}"))
-        base = "" if full is not None else ring_data(t, lay, ctx.load(C_INDEX))
+        base = "" if full is not None else ring_data(t, lay, ctx.load(C_RING))
 
         def put(index: int, a: Callable[[], str], word: Callable[[], str]) -> None:
             if first:
@@ -377,17 +376,21 @@ class Module:
     ) -> None:
         """Add to the site's row of this thread's counter table; times need a frame in the shadow planes."""
         lay = self.layout
-        index = t.op(f"lshr i64 {t.op(f'sub i64 {mark}, {spec.base}')}, {spec.shift}")
-        thread = t.op(f"mul i64 {ctx.load(C_INDEX)}, {lay.sites * COUNTER}")
-        table = t.op(f"add i64 {thread}, {lay.counters + spec.row * COUNTER}")
-        row = t.pointer(t.op(f"add i64 {table}, {t.op(f'shl i64 {index}, {COUNTER.bit_length() - 1}')}"))
+        # a table lies at a multiple of its stride, so its address and its first row become one constant
+        wide = COUNTER.bit_length() - 1
+        index = t.op(f"shl i64 {t.op(f'lshr i64 {mark}, {spec.shift}')}, {wide}")
+        first = (spec.row << wide) - ((spec.base >> spec.shift) << wide)
+        row = t.pointer(t.op(f"add i64 {t.op(f'add i64 {index}, {first}')}, {ctx.load(C_TABLE)}"))
         if not spec.exit:
             hits = t.at(row, K_HITS)
             t.store(t.op(f"add i64 {t.load(hits)}, 1"), hits)
         if not spec.timed or spec.tail:
             return
         start = t.pointer(t.op(f"add i64 {position}, {shadow + 2 * lay.plane}"))
-        acc = t.pointer(t.op(f"add i64 {position}, {shadow + 3 * lay.plane}"))
+        if self.dialect.return_slot:
+            acc = t.pointer(t.op(f"add i64 {position}, {shadow + 3 * lay.plane}"))
+        else:  # frames are known by stack pointers, which are multiples of 16: there is room beside the time
+            acc = t.at(start, 8)
         if not spec.exit:
             t.store(clock(), start)
             t.store(ctx.load(C_ACC), acc)
@@ -405,4 +408,8 @@ class Module:
         # the minimum is kept as its complement, so that a zeroed row needs no set-up
         for offset, value in ((K_MIN, t.op(f"xor i64 {took}, -1")), (K_MAX, took)):
             cell = t.at(row, offset)
-            t.store(t.op(f"call i64 @llvm.umax.i64(i64 {t.load(cell)}, i64 {value})"), cell)
+            t.add(f"br i1 {t.op(f'icmp ugt i64 {value}, {t.load(cell)}')}, label %more{offset}, label %kept{offset}")
+            t.label(f"more{offset}")
+            t.store(value, cell)
+            t.add(f"br label %kept{offset}")
+            t.label(f"kept{offset}")
