@@ -6,6 +6,7 @@ order, so that a test can ask what came first. It can be told to lie: to change 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from fentry.errors import AskedWrong, Fault, Gone, OutOfReach, Unsupported
 from fentry.target import Mapping, Module, Target
 
 _TOP = 1 << 47
+_NORESERVE = 0x4000  # MAP_NORESERVE, uapi/asm-generic/mman.h; Python has it since 3.13
 
 
 @dataclass(slots=True)
@@ -72,15 +74,15 @@ class FakeTarget(Target):
         self.code_sync = _Sync(self)
 
     # -- memory -----------------------------------------------------------------------------------
-    def _add(self, at: int, data: bytes, perms: str, path: str) -> _Memory:
+    def _add(self, at: int, data: bytes, perms: str, path: str, size: int = 0) -> _Memory:
         start = at & -self.page
-        end = (at + len(data) + self.page - 1) & -self.page
+        end = (at + max(size, len(data)) + self.page - 1) & -self.page
         for m in self._memory:
             if start < m.end and m.start < end:
                 raise AskedWrong(f"{start:#x}..{end:#x} is mapped already")
-        body = bytearray(end - start)
+        body = _zeros(end - start)
         body[at - start : at - start + len(data)] = data
-        added = _Memory(start, memoryview(body), perms, path)
+        added = _Memory(start, body, perms, path)
         self._memory.append(added)
         self._memory.sort(key=lambda m: m.start)
         return added
@@ -173,6 +175,11 @@ class FakeTarget(Target):
         return found
 
 
+def _zeros(size: int) -> memoryview:
+    """Memory that costs nothing until it is written: the mirror of a stack is terabytes."""
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE))
+
+
 class _Allocator:
     """Maps zeroed pages."""
 
@@ -203,7 +210,7 @@ class _Allocator:
                 raise OutOfReach(near or 0, 0, reach)
         if intend is not None:
             intend(at)
-        target._add(at, bytes(size), perms, "")
+        target._add(at, b"", perms, "", size)
         return at
 
     def _hole(self, size: int, low: int, high: int) -> int:
@@ -217,17 +224,17 @@ class _Allocator:
         return low if low + size <= high else -1
 
     def unmap(self, at: int, size: int) -> None:
-        """Unmap a range that one call mapped, or the first pages of it."""
+        """Unmap what is mapped in a range, as munmap does; nothing there is fine."""
         target = self.target
-        size = (size + target.page - 1) & -target.page
-        for i, m in enumerate(target._memory):
-            if m.start == at and size <= len(m.data):
-                if size == len(m.data):
-                    del target._memory[i]
-                else:
-                    target._memory[i] = _Memory(at + size, m.data[size:], m.perms, m.path)
-                return
-        raise AskedWrong(f"nothing was mapped at {at:#x}")
+        target._check()
+        end = at + ((size + target.page - 1) & -target.page)
+        left = []
+        for m in target._memory:
+            if m.start < at:
+                left.append(_Memory(m.start, m.data[: at - m.start], m.perms, m.path))
+            if m.end > end:
+                left.append(_Memory(max(m.start, end), m.data[max(0, end - m.start) :], m.perms, m.path))
+        target._memory = [m for m in left if m.data]
 
 
 class _Shared:
