@@ -25,7 +25,7 @@ from fentry.engine import patch, restore, unwind
 from fentry.engine.census import Site
 from fentry.engine.island import Island, SlotTable, build, code_size, group, room_for
 from fentry.engine.ops import Op
-from fentry.errors import AskedWrong, CannotHere, EngineBug, Gone, TargetRefused, TraceError
+from fentry.errors import AskedWrong, CannotHere, Denied, EngineBug, Gone, TargetRefused, TraceError
 from fentry.program.compile import compile_text
 from fentry.program.context import CONTEXT, COUNTER, NO_KEY, Layout
 from fentry.record import layout as ring_layout
@@ -255,6 +255,10 @@ class Engine:
 
     def _check_threads(self) -> None:
         d = self.arch.dialect
+        if self.target.system_calls and (why := self.target.forbids(d.syscalls.values())):
+            raise Denied(
+                f"process {self.target.pid} cannot be traced: {why}", hint="trace it with seccomp switched off"
+            )
         if not d.segment_register:
             return
         for tid in self.target.threads():

@@ -12,7 +12,7 @@ architecture's ``facts.py`` (kernel names: ``rip rsp ...``, ``pc sp ra ...``).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -172,6 +172,10 @@ class Target(ABC):
     def relatives(self, name: str) -> list[Target]:
         """Other running targets that inherited the region shared as `name` (forked children), stopped."""
         return []
+
+    def forbids(self, numbers: Iterable[int]) -> str:
+        """Why code that the tracer puts there may not make all of these (native) system calls, or ""; stopped."""
+        return ""
 
     def set_arena(self, *ranges: tuple[int, int]) -> None:  # noqa: B027 - a target without such a clock ignores it
         """Tell which [start, end) ranges hold the tracer's code; a target with a virtual clock keeps it apart."""

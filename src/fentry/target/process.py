@@ -29,7 +29,7 @@ from types import TracebackType
 
 from fentry.errors import AskedWrong, Denied, EngineBug, Gone, TargetRefused, TraceError, Unsupported
 from fentry.target import Mapping as Range
-from fentry.target import Module, Stop, Target, halt, launch, procfs, ptrace
+from fentry.target import Module, Stop, Target, halt, launch, procfs, ptrace, seccomp
 from fentry.target.inject import Injector
 from fentry.target.memory import Memory
 from fentry.target.procfs import Identity
@@ -266,6 +266,15 @@ class ProcessTarget(Target):
                 ptrace.request(ptrace.CONT, tid)
                 event = halt.settle(tid)
         return event
+
+    def forbids(self, numbers: Iterable[int]) -> str:
+        """Why a stopped thread may not make all of these system calls (seccomp), or "". Raises Gone."""
+        self._check_held()
+        numbers = list(numbers)
+        for tid in self.threads():
+            if why := seccomp.forbidden(tid, numbers):
+                return f"thread {tid}: {why}"
+        return ""
 
     # -- run control ------------------------------------------------------------------------------
     def stop(self) -> None:

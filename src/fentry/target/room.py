@@ -114,6 +114,11 @@ class ProcessAllocator:
         if size <= 0 or name not in ("", "wipeonfork", "noreserve"):
             raise AskedWrong(f"cannot map {size} bytes of kind {name!r}")
         size = (size + _PAGE - 1) & -_PAGE
+        if name == "noreserve" and self._locks():
+            raise TargetRefused(
+                f"the target locks all its memory (mlockall): {size >> 20} MiB of sparse memory would all be allocated",
+                hint="trace entries only: -p function",
+            )
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | (_MAP_NORESERVE if name == "noreserve" else 0)
         if at is not None:
             if intend is not None:
@@ -138,6 +143,23 @@ class ProcessAllocator:
         result = self._injector.syscall(_NR["munmap"], at, (size + _PAGE - 1) & -_PAGE)
         if result < 0:
             raise _refused("munmap", result, size)
+
+    def _locks(self) -> bool:
+        """Whether new mappings are locked (MCL_FUTURE), so that each of their pages is allocated at once.
+
+        Only a new mapping tells; it is tried where memory is locked at all.
+        """
+        tid = self._tid()
+        before = _locked_kib(tid)
+        if before == 0:
+            return False
+        flags = _MAP_PRIVATE | _MAP_ANONYMOUS
+        where = self._injector.syscall(_NR["mmap"], 0, _PAGE, _PROT["r"], flags, -1, 0)
+        if where < 0:
+            return True
+        locked = _locked_kib(tid) > before
+        self._injector.syscall(_NR["munmap"], where, _PAGE)
+        return locked
 
     def _map_at(self, at: int, size: int, prot: int, flags: int) -> int:
         """Map exactly at `at`; gives it, or a negative errno."""
@@ -247,6 +269,11 @@ class ProcessShared:
                 finally:
                     os.close(ours)
         raise AskedWrong(f"process {tid} has no shared region {name!r}")
+
+
+def _locked_kib(tid: int) -> int:
+    """How much memory a process has locked, in KiB."""
+    return int(procfs.status(tid).get("VmLck", "0 kB").split()[0])
 
 
 def _prot(perms: str) -> int:
