@@ -2,10 +2,12 @@
 
 * every relative link of every page leads to a file;
 * every path in backticks that looks like one of ours exists;
-* ``>>>`` examples in pages, and in docstrings of the package, give what they say;
+* ``>>>`` examples in docstrings of the package give what they say;
 * a fenced block marked ``console`` is a session: each ``$`` line is run, in one directory per page, with
   .venv's programs on PATH; what it prints must match the lines below it, where ``...`` alone on a
-  line stands for any lines, ``...`` inside a line for any text, and any run of digits for any other.
+  line stands for any lines, ``...`` inside a line for any text, any number, decimal or hexadecimal, for any
+  other, and ftrace's mark before a duration (``+`` from 10 us on, ...) belongs to that number;
+* ``>>>`` examples of a page give what they say, in the directory that its sessions have left.
 """
 
 from __future__ import annotations
@@ -47,13 +49,6 @@ def test_pages_without_links_to_them_are_lost() -> None:
     assert [name(p) for p in ROOT.glob("docs/*.md") if p.resolve() not in linked] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_examples_of_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    failed, _ = doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS)
-    assert failed == 0
-
-
 def all_modules() -> list[str]:
     return ["fentry", *(m.name for m in pkgutil.walk_packages(fentry.__path__, "fentry."))]
 
@@ -88,13 +83,15 @@ def pattern(expected: list[str]) -> str:
             parts.append(r"(?:[^\n]*\n)*?")
         else:
             text = re.escape(line.rstrip()).replace(re.escape("..."), r"[^\n]*")
-            text = re.sub(r"\d+", r"\\d+", text)
-            parts.append(re.sub(r"(?:\\ )+", r"[ ]+", text) + r"[ ]*\n")
+            text = re.sub(r"\b(?:0x)?[0-9a-f]*[0-9][0-9a-f]*\b|\d+", r"(?:0x)?[0-9a-f]+", text)
+            text = re.sub(r"(?:\\ )+", r"[ ]+", text)
+            text = re.sub(r"(?:\[ \]\+(?:\\[+!#*@$]|!|@))?\[ \]\+(?=\S+\[ \]\+us\[ \]\+\\\|)", r"[ +!#*@$]+", text)
+            parts.append(text + r"[ ]*\n")
     return r"\A" + "".join(parts) + r"\Z"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_sessions_of_pages(page: Path, tmp_path: Path) -> None:
+def test_sessions_and_examples_of_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(
         ROOT / "tests" / "programs", tmp_path / "tests" / "programs", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -112,6 +109,9 @@ def test_sessions_of_pages(page: Path, tmp_path: Path) -> None:
         assert re.match(pattern(expected), printed), (
             f"$ {command}\n{printed}\n-- is not what {name(page)} says:\n{expected}"
         )
+    monkeypatch.chdir(tmp_path)
+    failed, _ = doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert failed == 0
 
 
 def test_sessions_can_fail() -> None:
@@ -123,3 +123,7 @@ def test_sessions_can_fail() -> None:
     assert not re.match(pattern(expected), "hi there\nend of it x\n")
     assert not re.match(pattern(expected), "hi 7 there\nend of it\n")
     assert not re.match(pattern(nothing), "something\n")
+    timed = pattern([" 0)   6.316 us    |  f();", " 0) + 16.316 us   |  fun4();", "  a0f: 0x7f f"])
+    assert re.match(timed, " 1) ! 116.316 us  |  f();\n 0)   9.316 us    |  fun4();\n  7: 0xab f\n")
+    assert not re.match(timed, " 1) ! 116.316 us  |  f();\n 0)   9.316 us    |  run4();\n  7: 0xab f\n")
+    assert not re.match(timed, " 1) ! 116.316 us  |  f();\n 0)   9.316 ms    |  fun4();\n  7: 0xab f\n")
