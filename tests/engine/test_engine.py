@@ -155,6 +155,42 @@ def test_ops_come_and_go(arch):
 
 
 @arches
+@pytest.mark.parametrize("late", ["hits", "depth", "threshold"])
+def test_an_op_that_comes_too_late_for_its_memory_is_refused(arch, late):
+    """Its programs would write where nothing was mapped, inside the traced program."""
+    target, sites = make(arch)
+    before = picture(target)
+    more = {} if late == "hits" else {late: 5}
+    op = hits_op() if late == "hits" else Op(late, entry=Spec("e", **more), exit=Spec("x", exit=True, **more))
+    engine = engine_for(target)
+    first = graph_op()
+    engine.register(first, sites)
+    engine.commit()
+    armed = target.read(CODE, 4096)
+    engine.register(op, sites)
+    with pytest.raises(AskedWrong, match=f"op {late} needs memory"):
+        engine.commit()
+    assert target.read(CODE, 4096) == armed
+    engine.unregister(op)
+    engine.commit()
+    engine.close()
+    assert picture(target) == before
+
+
+@arches
+def test_a_return_hook_that_comes_too_late_records_plain_entries(arch):
+    target, sites = make(arch)
+    engine = engine_for(target)
+    engine.register(function_op(), sites)
+    engine.commit()
+    op = graph_op()
+    engine.register(op, sites)
+    engine.commit()
+    assert [set(t.marks.values()) for t in engine.tables(op)] == [{Kind.PLAIN}]
+    engine.close()
+
+
+@arches
 def test_a_mismatch_changes_nothing(arch):
     """One site is not what the census saw: no site is patched, no thread touched; closing leaves it as it was."""
     target, sites = make(arch, threads=2)

@@ -105,6 +105,7 @@ class Engine:
         self._journal: undo.Journal | None = None
         self._layout: Layout | None = None
         self._plane: ReturnPlane | None = None
+        self._deep = False  #: the mirror has planes for entry times and depths
         self._rows = 0
         self._row_room = 0
         self._unwind_sites: dict[str, Site] = {}
@@ -195,7 +196,8 @@ class Engine:
         if any(op.exit for op in ops):
             low, window = self._stack_window()
             # return addresses, hooks; entry times; depths or accumulated time
-            planes = 4 if any(_deep(op) for op in ops) else 2
+            self._deep = any(_deep(op) for op in ops)
+            planes = 4 if self._deep else 2
             # where the kernel puts it by itself it takes the place of stacks to come: those of new threads would begin
             # below it, outside the window
             near, reach = (low >> 3, low - (low >> 3)) if self.arch.dialect.stack_window else (None, 0)
@@ -316,6 +318,7 @@ class Engine:
         if self._layout is None:
             self.open()
         dirty = [self._armed[at] for at in sorted(self._dirty)]
+        self._check_layout({op for a in dirty for op in a.ops})
         wanted = [(a.site, a.ops) for a in dirty if a.ops]
         plans = [self._plan(cluster) for cluster in self._clusters(wanted)]
         returning = any(t.hooked for tables, _, _ in plans for t in tables)
@@ -365,6 +368,16 @@ class Engine:
         for a in dirty:
             a.bytes, a.table = after[a.site.at]
         self._dirty.clear()
+
+    def _check_layout(self, ops: Iterable[Op]) -> None:
+        """Refuse ops whose programs would write where :meth:`open` mapped nothing, because they were not there yet."""
+        assert self._layout is not None
+        for op in ops:
+            if (op.counts and not self._layout.counters) or (_deep(op) and self._plane is not None and not self._deep):
+                raise AskedWrong(
+                    f"op {op.name} needs memory that was not mapped when tracing began",
+                    hint="register it (or one of its kind) before the engine is opened",
+                )
 
     def _clusters(self, wanted: Sequence[tuple[Site, tuple[Op, ...]]]) -> list[list[tuple[Site, tuple[Op, ...]]]]:
         clusters: list[list[tuple[Site, tuple[Op, ...]]]] = []
