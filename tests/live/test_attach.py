@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 import subprocess
 import threading
@@ -197,10 +196,8 @@ class Client(threading.Thread):
 
 
 def test_redis_under_load(tool, tmp_path) -> None:
-    """All of redis and of its libraries, three tracers, one visit after the other, while a benchmark loads it."""
+    """All of redis, its C library and its allocator, one visit after the other, while a benchmark loads it."""
     load = tool("redis-benchmark")
-    if shutil.which("redis-server") is None:
-        tool("redis-server")
     with redis(tool, tmp_path) as (pid, port):
         client = Client(port)
         client.start()
@@ -220,9 +217,9 @@ def test_redis_under_load(tool, tmp_path) -> None:
         benchmark = subprocess.Popen([load, *words, "-n", "10000", "-l"], stdout=subprocess.DEVNULL)
         try:
             before, registers = anatomy(pid), bases(pid)
-            for tracer in (*TRACERS, *TRACERS):
+            for tracer in (*TRACERS, "function_graph"):
                 asked = client.asked
-                visit = Visit(pid, tmp_path, tracer, ["*:*"])
+                visit = Visit(pid, tmp_path, tracer, ["*", "libc.so.6:*", "libjemalloc*:*"])
                 with visit.under_way() as session:
                     assert session.wait(0.5) is None
                     assert client.wrong == []

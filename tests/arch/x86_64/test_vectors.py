@@ -71,9 +71,11 @@ def test_displace(vector):
 
 
 def test_arm_fills_long_sleds_and_keeps_the_rest_of_a_window():
+    """A call returns to where the sled ends: a slot may return after the sled's own instruction was put back."""
     long_nop = bytes.fromhex("2e660f1f840000020000")
     armed = ARCH.arm(0x1000, Sled("sled", 10, long_nop, 16, "stack"), 0x2000, balanced=False)
-    assert armed == b"\xe8" + struct.pack("<i", 0x1000 - 5) + facts.NOPS[5]
+    assert armed == b"\x2e" * 5 + b"\xe8" + struct.pack("<i", 0x1000 - 10)
+    assert [text for _, _, text in ARCH.disassemble(armed, 0x1000)] == ["call 0x2000"]
     six = bytes.fromhex("ff1500000000")
     assert ARCH.arm(0x1000, Sled("fentry", 6, six, 6, "stack"), 0x2000, balanced=True)[5:] == b"\x90"
     window = bytes.fromhex("4157415641 55")

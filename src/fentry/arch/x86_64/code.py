@@ -104,20 +104,22 @@ def arm(site: int, sled: Sled, slot: int, *, balanced: bool) -> bytes:
     It is a jump for an entry jump (its displaced bytes are executed elsewhere and nothing returns here) and for a slot
     that hooks the return (balanced: the slot finds the parent's return address on top of the stack).
 
-    A call returns to ``site + 5``: what follows there up to ``sled.resume`` are nops.
+    A call is as long as the sled (prefixes that mean nothing to it make it so) and returns to the sled's end, which is
+    the start of an instruction whether or not the sled is armed when the slot returns.
 
-    Returns: exactly ``sled.size`` bytes. Behind the 5 that matter, a sled or call is filled with nops, and an entry
-        jump with what was there: nothing executes it, and the fewer bytes change the better.
+    Returns: exactly ``sled.size`` bytes. A jump is filled up with nops, and an entry jump with what was there: nothing
+        executes it, and the fewer bytes change the better.
     Raises: OutOfReach; Rejected for a return hook on a call behind the prologue.
     """
     if balanced and sled.form == "mcount":
         raise Rejected("returns cannot be hooked at a call behind the prologue", at=site)
     if sled.size < facts.BRANCH_SIZE or len(sled.idle) != sled.size:
         raise EngineBug(f"sled of {sled.size} bytes ({sled.idle.hex(' ')}) cannot hold a 5-byte branch")
-    head = rel32(facts.JUMP if sled.moved or balanced else facts.CALL, site, slot)
-    if sled.moved:
-        return head + sled.idle[facts.BRANCH_SIZE :]
-    return head + nops(sled.size - facts.BRANCH_SIZE)
+    rest = sled.size - facts.BRANCH_SIZE
+    if not (sled.moved or balanced):
+        return rel32(facts.NO_MEANING * rest + facts.CALL, site, slot)
+    head = rel32(facts.JUMP, site, slot)
+    return head + (sled.idle[facts.BRANCH_SIZE :] if sled.moved else nops(rest))
 
 
 # -- moved instructions ---------------------------------------------------------------------------------------

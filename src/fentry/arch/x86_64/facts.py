@@ -62,6 +62,8 @@ LANDING_PAD: Final = bytes.fromhex("f30f1efa")  #: endbr64
 CALL: Final = b"\xe8"  #: call rel32
 JUMP: Final = b"\xe9"  #: jmp rel32
 BRANCH_SIZE: Final = 5  #: of either
+#: the CS segment prefix before a call: ignored (SDM volume 2, 2.1.1); at most 10 of them, an instruction has 15 bytes
+NO_MEANING: Final = b"\x2e"
 #: bytes: 2 GiB less room for the slots themselves and for the windows they serve
 REACH: Final = 2**31 - 2**20
 
