@@ -166,13 +166,16 @@ def _load(key: str) -> Blob | None:
     digest, body = data[:32], data[32:]
     if hashlib.sha256(body).digest() != digest:
         return None
-    count = struct.unpack_from("<I", body)[0]
-    at = 4
-    symbols = {}
-    for _ in range(count):
-        size, value = struct.unpack_from("<HI", body, at)
-        symbols[body[at + 6 : at + 6 + size].decode()] = value
-        at += 6 + size
+    try:
+        count = struct.unpack_from("<I", body)[0]
+        at = 4
+        symbols = {}
+        for _ in range(count):
+            size, value = struct.unpack_from("<HI", body, at)
+            symbols[body[at + 6 : at + 6 + size].decode()] = value
+            at += 6 + size
+    except (struct.error, UnicodeDecodeError):  # whole, but not ours
+        return None
     return Blob(body[at:], symbols)
 
 
