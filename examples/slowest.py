@@ -13,6 +13,5 @@ with fentry.spawn(sys.argv[1:]) as tracing:
 rows = tracing.stat()  # most time first
 print(f"status {status}, {len(rows)} functions were called, {tracing.lost} events lost")
 for row in rows[:2]:
-    print(
-        f"{row['function']:<12} {row['hits']:>6} calls {row['total_ns'] / 1e6:>9.3f} ms, {row['self_ns'] / 1e6:.3f} itself"
-    )
+    total, itself = row["total_ns"] / 1e6, row["self_ns"] / 1e6
+    print(f"{row['function']:<12} {row['hits']:>6} calls {total:>9.3f} ms, {itself:.3f} itself")
