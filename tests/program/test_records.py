@@ -561,3 +561,47 @@ def registers_are_kept(arch, name, clock):
         hooked = {"ra"} if op.exit is not None else set()  # where the link is a register, it is the hook now
         wrong = {r for r in bench.dress.kept - hooked if at_body[r] != seen[r]}
         assert not wrong, (n, wrong)
+
+
+@arches
+def test_a_nested_event_says_where_in_its_parents_ring_it_belongs(arch):
+    bench = Bench(arch, clock="order", nrings=8)
+    op = function_op()
+    f = bench.function("f")
+    bench.arm([(f, (op,))])
+    for _ in range(3):
+        bench.call(f)
+    contexts = range(bench.layout.contexts, bench.layout.contexts + 8 * CONTEXT, CONTEXT)
+    base = next(at for at in contexts if bench.core.word(at) == bench.thread.pointer)
+    bench.core.put(base, 0 if bench.arch.dialect.segment else base)  # a program is running: this is a signal handler
+    bench.call(f, seed=1)
+    bench.core.put(base, bench.thread.pointer)
+    bench.call(f, seed=2)
+    events = bench.events(op)
+    (nested,) = [e for e in events if e.level]
+    assert nested.extensions == {ring.EXT_POS: 3 * ring.RECORD}
+    assert [e.extensions for e in events if not e.level] == [{}] * 4
+    info = bench.region.info(nested.ring)
+    assert (info.level, info.parent) == (1, events[0].ring)
+
+
+@arches
+@pytest.mark.parametrize("timed", [False, True], ids=["hits", "times"])
+def test_a_signal_at_every_instruction_of_a_counter(arch, timed):
+    """A handler that calls the very function that is being counted: both calls are counted."""
+    more = {"exit": Spec("x", exit=True, record=False, timed=True)} if timed else {}
+    op = Op("count", entry=Spec("e", record=False, count=True, timed=timed), counts=True, **more)
+    missing = {}
+    steps = 0
+    came = True
+    while came:
+        steps += 1
+        bench = Bench(arch, nrings=8)
+        f = bench.function("f")
+        bench.arm([(f, (op,))])
+        bench.call(f)
+        came = interrupted(bench, f, f, steps)
+        hits = sum(bench.counts(f, op, i)[0] for i in bench.region.in_use)
+        if hits + bench.region.lost != 2 + came:
+            missing[steps] = hits
+    assert not missing

@@ -147,6 +147,7 @@ class Dialect:
     #: (low, size) of the addresses where a process of this architecture has its stacks; None: ask the target
     stack_window: tuple[int, int] | None = None
     return_slot: bool = False  #: the return address is on the stack (llvm.addressofreturnaddress works)
+    atomic_add: bool = False  #: an atomic add to memory is one cheap instruction, an ordinary one is several
     syscall: str = ""  #: sets {out} to the result of system call i64 {nr} with i64 {a} {b} {c} {d}; native targets only
     syscalls: dict[str, int] = field(default_factory=dict)  #: numbers of those that programs use
     #: where an entry program finds the parent address, by form of the sled ("" = any other form):

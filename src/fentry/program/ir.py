@@ -383,7 +383,10 @@ class Module:
         row = t.pointer(t.op(f"add i64 {t.op(f'add i64 {index}, {first}')}, {ctx.load(C_TABLE)}"))
         if not spec.exit:
             hits = t.at(row, K_HITS)
-            t.store(t.op(f"add i64 {t.load(hits)}, 1"), hits)
+            if self.dialect.atomic_add:  # a signal handler may count between a load and its store
+                t.op(f"atomicrmw add ptr {hits}, i64 1 monotonic")
+            else:
+                t.store(t.op(f"add i64 {t.load(hits)}, 1"), hits)
         if not spec.timed or spec.tail:
             return
         start = t.pointer(t.op(f"add i64 {position}, {shadow + 2 * lay.plane}"))

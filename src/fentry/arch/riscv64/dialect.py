@@ -21,5 +21,6 @@ declare i64 @llvm.readsteadycounter()
     # only sleds are hooked here, and compilers do not count on what a function with a sled leaves alone (gcc turns
     # -fipa-ra off for it, checked), so at an exit every caller-saved register but the two of the result is free
     exit_pair=True,
+    atomic_add=True,  # amoadd.d
     clobbers=facts.PROGRAM_CLOBBERS,
 )
