@@ -27,7 +27,7 @@ def main() -> int:
         prog="python -m benchmarks", description=f"Measure.\n\n{listed}", formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which ones (default: all)")
-    parser.add_argument("--quick", action="store_true", help="few rounds: does it work at all?")
+    parser.add_argument("--quick", action="store_true", help="few rounds, nothing is kept: does it work at all?")
     options = parser.parse_args()
     if unknown := [n for n in options.names if n not in NAMES]:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
@@ -37,9 +37,9 @@ def main() -> int:
         print(f"benchmarks: {name} ...", file=sys.stderr, flush=True)
         result: Result = importlib.import_module(f"benchmarks.{name}").run(quick=options.quick)
         result.quick = options.quick
-        page = result.save()
         print(result.text())
-        print(f"benchmarks: {name}: {time.monotonic() - begun:.0f} s, {page.name}", file=sys.stderr, flush=True)
+        kept = f"results/{result.save().name}" if not options.quick else "not kept"
+        print(f"benchmarks: {name}: {time.monotonic() - begun:.0f} s, {kept}", file=sys.stderr, flush=True)
         missed += sum(not limit.met for limit in result.limits)
     if missed:
         print(f"benchmarks: {missed} limits were missed", file=sys.stderr)
