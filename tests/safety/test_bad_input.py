@@ -247,11 +247,14 @@ def test_process_that_ends_while_it_is_attached_to(tmp_path) -> None:
 def test_process_that_execs_while_it_is_attached_to(tmp_path) -> None:
     script = "i=0; while [ $i -lt 40 ]; do i=$((i+1)); done; exec sh -c 'exec sleep 60'"
     for _ in range(12):
-        with subprocess.Popen(["sh", "-c", script]) as program:
+        program = subprocess.Popen(["sh", "-c", script])
+        try:
             with contextlib.suppress(TraceError):
                 visit(program.pid, Plan(tracer="function"), tmp_path / "trace", 0)
             assert program.poll() is None, f"it ended with {program.returncode}"
+        finally:
             program.kill()
+            program.wait()
 
 
 def test_process_that_execs_while_it_is_traced(build, tmp_path) -> None:
@@ -291,10 +294,10 @@ def test_ring_larger_than_memory(odd, tmp_path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system with room for 256 KiB."""
+    """A file system with room for 512 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = run("mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk))
+    done = run("mount", "-t", "tmpfs", "-o", "size=512k", "none", str(disk))
     if done.returncode:
         unavailable(f"a small file system cannot be mounted here: {done.stderr.decode().strip()}")
     yield disk

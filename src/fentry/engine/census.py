@@ -189,6 +189,8 @@ def _without_sled(
 ) -> None:
     """Judge functions that have no sled: the entry jump, planned for a whole text range at once."""
     assert callable(judge)
+    if not bare:
+        return
     starts = [f.address for f in functions]
     following = dict(zip(starts, [*starts[1:], 1 << 63], strict=True))
     for lo, hi, text in code.ranges:
