@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fentry.cli import options, show
-from fentry.errors import AskedWrong
+from fentry.errors import AskedWrong, NothingMatched
 
 if TYPE_CHECKING:
     from fentry.engine.census import Census, Verdict
@@ -74,12 +74,18 @@ def resolve(word: str) -> str:
 
 
 def of_file(word: str) -> list[tuple[Census, int]]:
-    """The census of one file, at its own addresses. Raises AskedWrong, BadImage."""
+    """The census of one file, at its own addresses. Raises AskedWrong, BadImage, NothingMatched."""
     from fentry.engine import census
     from fentry.image import Image
 
     path = resolve(word)
-    return [(census.take(Image.open(path), Path(path).name, main=True), 0)]
+    taken = census.take(Image.open(path), Path(path).name, main=True)
+    if not taken.verdicts:
+        raise NothingMatched(
+            f"{path}: no function is known: there are neither symbols nor unwind tables",
+            hint="is the file whole? Functions of libraries are found in the libraries' own files",
+        )
+    return [(taken, 0)]
 
 
 def of_process(pid: int, globs: Sequence[str]) -> list[tuple[Census, int]]:
