@@ -264,8 +264,8 @@ class Session:
         self._op = op
         sites = self.choose()
         if op.exit is not None:
-            sites = self.sites = self._catchable(sites)
             busy = self._unwinder_sites()
+            sites = self.sites = self._catchable(sites, told=bool(busy))
             taken = {s.at for s in busy.values()}
             sites = self.sites = [s for s in sites if s.at not in taken]
             self.engine.unwinder_sites(busy)
@@ -290,12 +290,24 @@ class Session:
         self._begun = time.monotonic()
         self.target.resume()
 
-    def _catchable(self, sites: list[Site]) -> list[Site]:
-        """Keep returns alone where an exception could not pass a hooked frame."""
+    def _catchable(self, sites: list[Site], *, told: bool) -> list[Site]:
+        """Keep returns alone where an exception could not pass a hooked frame.
+
+        Args:
+            sites: what was chosen.
+            told: unwinders of the target can be told about our frames.
+        """
         main = next((taken for m, taken in self.censuses.values() if m.main), None)
-        if self.engine.arch.unwinds or main is None or not main.image.symbol("__gxx_personality_v0"):
+        if main is None:
             return sites
-        why = f"exceptions cannot pass a return hook on {self.engine.arch.name} yet"
+        if self.engine.arch.unwinds:
+            if told or not main.image.uses_cxx_unwinder:
+                return sites
+            why = "its unwinder cannot be found (a static program without symbols)"
+        elif main.image.symbol("__gxx_personality_v0"):
+            why = f"exceptions cannot pass a return hook on {self.engine.arch.name} yet"
+        else:
+            return sites
         self.outcome.notes.append(f"entries only: {why}")
         return [replace(s, verdict=replace(s.verdict, returns=False, returns_reason=why)) for s in sites]
 
@@ -402,7 +414,8 @@ class Session:
         deadline = None if timeout is None else time.monotonic() + timeout
 
         def between() -> None:
-            self._drain()
+            if not self._finished:
+                self._drain()
             if deadline is not None and time.monotonic() >= deadline:
                 self.target.stop()
 
