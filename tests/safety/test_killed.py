@@ -13,7 +13,7 @@ import pytest
 from fentry.engine.journal import Journal
 from fentry.errors import TargetRefused
 from fentry.record.layout import Policy
-from fentry.tracers.session import Plan
+from fentry.tracers.session import Plan, Session
 from tests.safety.checked import Checked, bases, fentry_holds, picture, recover, visit
 from tests.target.steady import die_at
 
@@ -113,8 +113,6 @@ def test_killed_while_it_recovers(checked, tmp_path, full: bool) -> None:
 
     def leave_hooked() -> None:
         def work() -> None:
-            from fentry.tracers.session import Session
-
             # killed when it has traced for a while, before it touches the program again
             Session.finish = lambda _session: os.kill(os.getpid(), signal.SIGKILL)
             visit(program.pid, plan, tmp_path / "trace", 0.01)
@@ -144,13 +142,16 @@ def test_killed_at_any_time_under_load(checked, tmp_path, full: bool, tracer: st
     before = picture(program.pid)
     chance = random.Random(11)
     frames = 0
-    for _ in range(200 if full else 4):
+    for visits in range(200 if full else 4):
         seconds = chance.uniform(0.1, 1.0)
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
-                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
-                visit(program.pid, Plan(tracer=tracer, **SMALL), tmp_path / "trace", 60)
+                if visits:
+                    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                else:  # once for certain while functions are hooked, however slow this machine is
+                    Session.finish = lambda _session: os.kill(os.getpid(), signal.SIGKILL)
+                visit(program.pid, Plan(tracer=tracer, **SMALL), tmp_path / "trace", 60 if visits else 0.05)
             os._exit(1)
         _, status = os.waitpid(child, 0)
         assert status == signal.SIGKILL
@@ -173,8 +174,6 @@ def test_nobody_waits_for_a_dead_tracer(checked, tmp_path, tracer: str) -> None:
     before = picture(program.pid)
 
     def work() -> None:
-        from fentry.tracers.session import Session
-
         Session.finish = lambda _session: os.kill(os.getpid(), signal.SIGKILL)
         visit(program.pid, Plan(tracer=tracer, policy=Policy.BLOCK, **SMALL), tmp_path / "trace", 0.01)
 
