@@ -177,3 +177,19 @@ def test_used_wrongly(say: str) -> None:
 def test_names() -> None:
     assert sorted(fentry.__all__) == fentry.__all__ or sorted(fentry.__all__) == sorted(set(fentry.__all__))
     assert len(fentry.__all__) <= 16
+
+
+def test_an_emulated_program_goes_on_untraced(build: Callable[..., Path]) -> None:
+    path = build("calls.c", cc="riscv64-linux-gnu-gcc", kind="static", flags=("-fpatchable-function-entry=4",))
+    with fentry.emulate(path, "200", functions=["fib"], stdout=_Nowhere()) as tracing:
+        assert tracing.wait(0) is None
+        assert not tracing.stopped
+        tracing.stop()
+        events = tracing.events().num_rows
+        assert tracing.wait() is not None
+    assert tracing.events().num_rows == events
+
+
+class _Nowhere:
+    def write(self, data: bytes) -> int:
+        return len(data)

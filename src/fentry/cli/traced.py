@@ -14,6 +14,7 @@ The rules, for each verb that traces:
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -84,7 +85,8 @@ class Run:
     Attributes:
         session: what traced it.
         started: the program is our child (or lives in us), so its status is ours.
-        why: why tracing ended: "end", "time", "signal", "trouble" or "enough".
+        why: why tracing ended: "end", "time", "signal", "trouble" (the trace cannot be written), "stuck" (the
+            program cannot go on) or "enough".
         outcome: what the session says; set at the end.
         stop: how the program ended, None if it goes on.
         number: the signal that told us to leave, or 0.
@@ -185,6 +187,9 @@ def traced(asked: Asked, *, directory: Path | None, tracer: str, **plan: Any) ->
     try:
         yield Run(session, started)
     finally:
+        # whatever went wrong in between: nothing of ours stays in the target
+        with contextlib.suppress(TraceError):
+            session.finish()
         target.close()
 
 
@@ -219,7 +224,11 @@ def wait(run: Run, asked: Asked, signals: Signals, *, enough: Callable[[], bool]
             if left <= 0:
                 run.why = "time"
                 break
-            run.stop = session.wait(left)
+            try:
+                run.stop = session.wait(left)
+            except TraceError as error:  # an emulated program did what the emulator does not do
+                run.error, run.why = error, "stuck"
+                break
             if run.stop is not None:
                 break
             if session.failed or enough():
@@ -230,12 +239,12 @@ def wait(run: Run, asked: Asked, signals: Signals, *, enough: Callable[[], bool]
         with show.Progress("detaching", enabled=not asked.quiet):
             run.outcome = session.finish()
     except TraceError as error:
-        run.error = error
+        run.error = run.error or error
         run.outcome = session.outcome
     run.stop = run.stop or run.outcome.stop
     if run.error is not None:
         show.complain_of(run.error)
-    if run.started and run.stop is None and run.why != "signal":
+    if run.started and run.stop is None and run.why not in ("signal", "stuck"):
         _wait_for_end(run, signals, patience)
 
 
@@ -260,12 +269,15 @@ def remarks(run: Run) -> list[str]:
     if outcome is None:
         return []
     out = list(outcome.notes)
+    words: str = getattr(run.session.target, "words", "")  # a machine that is ours knows why a program crashed
+    if words:
+        out.append(words)
     if outcome.lost:
         out.append(f"{show.count(outcome.lost, 'event')} lost (a larger --buffer-size, or --policy block, keeps more)")
     report = outcome.restored
     if report is not None:
         out += [f"not put back: {strange.message}" for strange in report.strange]
-        if report.left_mapped:
+        if report.left_mapped and run.session.target.pid:  # an emulated program ends with us
             out.append(f"some of fentry's memory stays in process {run.session.target.pid}: {report.left_mapped}")
     if run.why == "signal" and run.started and run.stop is None and run.session.target.pid:
         out.append(f"process {run.session.target.pid} goes on without fentry")

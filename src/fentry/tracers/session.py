@@ -417,7 +417,8 @@ class Session:
             if not self._finished:
                 self._drain()
             if deadline is not None and time.monotonic() >= deadline:
-                self.target.stop()
+                with contextlib.suppress(Gone):  # it may have ended in this very slice
+                    self.target.stop()
 
         self.target.resume()
         # a slice records at most a quarter of a ring: an event takes 40 instructions and writes two records
