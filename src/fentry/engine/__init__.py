@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from fentry.arch import Arch, ReturnPlane, load
 from fentry.engine import journal as undo
@@ -336,7 +337,7 @@ class Engine:
                     placed[site.at] = (table, table.slot(i), island)
         changes = []
         after: dict[int, tuple[bytes, SlotTable | None]] = {}
-        moves: dict[int, tuple[int, dict[int, int]]] = {}
+        moves: dict[int, tuple[int, Callable[[], dict[int, int]]]] = {}
         for a in dirty:
             site = a.site
             now = a.bytes or site.sled.idle
@@ -344,7 +345,7 @@ class Engine:
                 table, slot, island = placed[site.at]
                 put = self.arch.arm(site.at, site.sled, slot, balanced=table.hooked)
                 after[site.at] = (put, table)
-                moves[site.at] = (len(put), island.moves(site))
+                moves[site.at] = (len(put), partial(island.moves, site))
             else:
                 put = site.sled.idle
                 after[site.at] = (b"", None)
@@ -354,13 +355,17 @@ class Engine:
         for (name, site), at in zip(lookups, lookup_spots, strict=True):
             changes.append(self._lookup_change(name, site, at))
         first = not any(a.bytes for a in self._armed.values())
+        # what takes time is done while a live target runs: places are verified once more when it is stopped
+        patch.verify(self.target, changes)
+        assert self._journal is not None
+        patch.intend(self._journal, changes)
         with self._halted():
             try:
                 if first:
                     self._enter_threads()
                 patch.synchronise(self.target, fresh)
                 patch.move_threads(self.target, self.arch, moves)
-                patch.apply(self.target, changes, self._journal)
+                patch.apply(self.target, changes)
             except TraceError:
                 if first:
                     self._leave_threads()

@@ -207,7 +207,7 @@ def build(
         plain = tuple(address(p.plain) for p in entering) if t.hooked else None
         exits = tuple(address(p.exit) for p in leaving)
         unwound = tuple(address(p.unwound) for p in leaving)
-        for i, site in enumerate(t.sites):
+        for site in t.sites:
             sled = site.sled
             resume = site.at + sled.resume
             body = resume
@@ -218,23 +218,25 @@ def build(
                 body = cursor
                 cursor = _up(cursor + len(moved.code), 16)
             bodies[site.at] = body
-            slot_at = t.slot(i)
-            code[slot_at - at : slot_at - at + t.layout.stride] = arch.slot(
-                SlotPlan(
-                    at=slot_at,
-                    site=site.at,
-                    sled=sled,
-                    body=body,
-                    entry=entry,
-                    exit=exits,
-                    consts=consts_at,
-                    tail=tail,
-                    plain=plain,
-                    plane=plane,
-                    resume_unwind=resume_unwind,
-                    unwound=unwound,
-                )
-            )
+        slots = arch.slots(
+            SlotPlan(
+                at=t.base,
+                site=t.sites[0].at,
+                sled=t.sites[0].sled,
+                body=bodies[t.sites[0].at],
+                entry=entry,
+                exit=exits,
+                consts=consts_at,
+                tail=tail,
+                plain=plain,
+                plane=plane,
+                resume_unwind=resume_unwind,
+                unwound=unwound,
+            ),
+            [(s.at, s.sled) for s in t.sites],
+            [bodies[s.at] for s in t.sites],
+        )
+        code[t.base - at : t.base - at + len(slots)] = slots
     unwind: list[Object] = []
     cursor = _up(cursor, 16)
     for t in tables:

@@ -44,37 +44,51 @@ def _spans(changes: Sequence[Change]) -> list[tuple[int, int, list[Change]]]:
     return spans
 
 
-def apply(target: Target, changes: Sequence[Change], journal: Journal | None) -> None:
-    """Make all changes or none.
+def verify(target: Target, changes: Sequence[Change]) -> None:
+    """Compare every place with what must be there; nothing is written. The target may run.
 
-    The target must be stopped, and no thread may be inside a place (see :func:`leave`).
+    Raises: PatchMismatch, Fault, Gone.
+    """
+    _verified(target, changes)
+
+
+def intend(journal: Journal, changes: Sequence[Change]) -> None:
+    """Note changes in the undo journal; always before :func:`apply`."""
+    journal.intend([Entry(c.at, c.expect, c.put) for c in changes])
+
+
+def apply(target: Target, changes: Sequence[Change]) -> None:
+    """Make all changes or none; those of a tracing engine are in its journal by now.
+
+    The target must be stopped, and no thread may be inside a place (see :func:`move_threads`).
 
     Raises: PatchMismatch before anything was written, or after a write that did not take; Fault, Gone.
     """
-    spans = _spans(changes)
-    images: list[bytearray] = []
-    for start, end, group in spans:
-        found = target.read(start, end - start)
-        image = bytearray(found)
+    for start, image, group in _verified(target, changes):
+        new = bytearray(image)
         for c in group:
-            at = c.at - start
-            if image[at : at + len(c.expect)] != c.expect:
-                raise PatchMismatch(c.at, c.expect, bytes(image[at : at + len(c.expect)]))
-        for c in group:
-            image[c.at - start : c.at - start + len(c.put)] = c.put
-        images.append(image)
-    if journal is not None:
-        journal.intend([Entry(c.at, c.expect, c.put) for c in changes])
-    for (start, end, group), image in zip(spans, images, strict=True):
-        # only the changed bytes' range of the span is written; what lies between is what was read with
-        # the target stopped
-        target.write(start, bytes(image))
-        back = target.read(start, end - start)
-        if back != image:
+            new[c.at - start : c.at - start + len(c.put)] = c.put
+        # what lies between the places of a span is written as it was read; the target is stopped
+        target.write(start, bytes(new))
+        back = target.read(start, len(new))
+        if back != new:
             bad = next(c for c in group if back[c.at - start : c.at - start + len(c.put)] != c.put)
             raise PatchMismatch(bad.at, bad.put, back[bad.at - start : bad.at - start + len(bad.put)], when="after")
         if target.code_sync is not None:
-            target.code_sync.sync(start, end - start)
+            target.code_sync.sync(start, len(new))
+
+
+def _verified(target: Target, changes: Sequence[Change]) -> list[tuple[int, bytes, list[Change]]]:
+    """Read all spans and compare all places; gives (start, bytes, changes) of each span."""
+    images = []
+    for start, end, group in _spans(changes):
+        image = target.read(start, end - start)
+        for c in group:
+            at = c.at - start
+            if image[at : at + len(c.expect)] != c.expect:
+                raise PatchMismatch(c.at, c.expect, image[at : at + len(c.expect)])
+        images.append((start, image, group))
+    return images
 
 
 def write_new(target: Target, at: int, code: bytes) -> None:
@@ -109,7 +123,7 @@ def restore(target: Target, entries: Sequence[Entry]) -> list[PatchMismatch]:
                 todo.append(c)
             elif now != c.put:
                 strange.append(PatchMismatch(c.at, c.expect, now))
-    apply(target, todo, None)
+    apply(target, todo)
     return strange
 
 
@@ -155,7 +169,7 @@ def _set_word(target: Target, at: int, value: int) -> None:
     target.write(at, value.to_bytes(8, "little"))
 
 
-def move_threads(target: Target, arch: Arch, moves: Mapping[int, tuple[int, Mapping[int, int]]]) -> None:
+def move_threads(target: Target, arch: Arch, moves: Mapping[int, tuple[int, Callable[[], Mapping[int, int]]]]) -> None:
     """Move every thread that is inside a place about to be written to where it goes on instead.
 
     By registers and signal frames, never by single steps: a tracer that is killed while it steps takes
@@ -164,7 +178,7 @@ def move_threads(target: Target, arch: Arch, moves: Mapping[int, tuple[int, Mapp
     Args:
         target: stopped.
         arch: of the target.
-        moves: {start of a place: (its size, {offset: address})}; a thread at the start is fine.
+        moves: {start of a place: (its size, function that gives {offset: address})}; a thread at the start is fine.
 
     Raises: TargetRefused if a thread is at an offset that nothing is known about.
     """
@@ -173,10 +187,11 @@ def move_threads(target: Target, arch: Arch, moves: Mapping[int, tuple[int, Mapp
         i = bisect_right(starts, pc) - 1
         if i < 0:
             continue
-        size, known = moves[starts[i]]
+        size, find = moves[starts[i]]
         offset = pc - starts[i]
         if not 0 < offset < size:
             continue
+        known = find()
         if offset not in known:
             raise TargetRefused(f"thread {tid} stands at {pc:#x}, inside code that must change", hint="try again")
         change(known[offset])

@@ -65,6 +65,9 @@ class _X86(Arch):
     def slot(self, plan: SlotPlan) -> bytes:
         return slots_.slot(plan)
 
+    def slots(self, plan: SlotPlan, sites: Sequence[tuple[int, Sled]], bodies: Sequence[int]) -> bytes:
+        return slots_.slots(plan, sites, bodies)
+
     def return_consts(self, plane: ReturnPlane, slots: int, size: int) -> bytes:
         return slots_.return_consts(plane, slots, size)
 

@@ -73,11 +73,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 
-from fentry.arch import ReturnPlane, SlotLayout, SlotPlan, SlotShape, UnwindInfo
+from fentry.arch import ReturnPlane, Sled, SlotLayout, SlotPlan, SlotShape, UnwindInfo
 from fentry.errors import EngineBug, OutOfReach, Unsupported
 
 _JE = b"\x0f\x84"
@@ -230,6 +232,47 @@ def slot(plan: SlotPlan) -> bytes:
     if len(out) > layout.stride:
         raise EngineBug(f"slot of {len(out)} bytes is larger than its stride {layout.stride}")
     return bytes(out).ljust(layout.stride, b"\xcc")
+
+
+def slots(plan: SlotPlan, sites: Sequence[tuple[int, Sled]], bodies: Sequence[int]) -> bytes:
+    """Emit a table of slots, one behind the other: the first is copied, and what depends on the place is filled in."""
+    shape = SlotShape(len(plan.entry), len(plan.exit), plan.sled.form)
+    layout = slot_layout(shape)
+    count = len(bodies)
+    first = slot(replace(plan, body=bodies[0]))
+    table = np.tile(np.frombuffer(first, np.uint8), (count, 1))
+    moved = np.arange(count, dtype=np.int64) * layout.stride
+    to = np.array(bodies, dtype=np.int64)
+
+    def fill(offset: int, values: npt.NDArray[np.int64]) -> None:
+        if count and (int(values.min()) < -(1 << 31) or int(values.max()) >= 1 << 31):
+            worst = int(np.argmax(np.abs(values)))
+            raise OutOfReach(plan.at + worst * layout.stride + offset, int(to[worst]), 1 << 31)
+        table[:, offset : offset + 4] = values.astype("<i4").view(np.uint8).reshape(count, 4)
+
+    marks = layout.entry_marks + layout.exit_marks + layout.tail_marks + layout.plain_marks
+    if plan.resume_unwind:
+        marks += layout.unwound_marks
+    for mark in marks:  # programs stay where they are
+        fill(mark - 4, int.from_bytes(first[mark - 4 : mark], "little", signed=True) - moved)
+    jumps: list[int] = []  # displacements of jumps to the body
+    if shape.exit:
+        tail = _tail_at(shape)
+        aside = len(_DOWN8) + 5 * shape.entry + len(_POP) + 5
+        jumps = [layout.call + 1, tail + aside - 4, tail + 2 * aside - 4]
+        at = layout.call - len(_UP8) - len(_POP) - 5 * shape.entry - len(_DOWN16) - 4
+        hooks = ((plan.at + layout.hook + moved) & 0xFFFFFFFF).astype("<u4")
+        table[:, at : at + 4] = hooks.view(np.uint8).reshape(count, 4)
+    elif shape.form in JUMP_FORMS:
+        jumps = [2 + 5 * shape.entry + 2 + 1]
+    for offset in jumps:
+        fill(offset, to - (plan.at + moved + offset + 4))
+    out = table.tobytes()
+    site, sled = sites[-1]
+    last = slot(replace(plan, at=plan.at + int(moved[-1]), site=site, sled=sled, body=bodies[-1]))
+    if out[-layout.stride :] != last:
+        raise EngineBug("a table of slots is not what its slots are one by one")
+    return out
 
 
 def return_consts(plane: ReturnPlane, slots: int, size: int) -> bytes:  # noqa: ARG001 - the contract's signature
