@@ -26,7 +26,7 @@ from fentry.engine import patch, restore, unwind
 from fentry.engine.census import Site
 from fentry.engine.island import Island, SlotTable, build, code_size, group, room_for
 from fentry.engine.ops import Op
-from fentry.errors import AskedWrong, CannotHere, Denied, EngineBug, Gone, TargetRefused, TraceError
+from fentry.errors import AskedWrong, CannotHere, Denied, EngineBug, Gone, OutOfReach, TargetRefused, TraceError
 from fentry.program.compile import compile_text
 from fentry.program.context import CONTEXT, COUNTER, NO_KEY, Layout
 from fentry.record import layout as ring_layout
@@ -336,6 +336,7 @@ class Engine:
                 for i, site in enumerate(table.sites):
                     placed[site.at] = (table, table.slot(i), island)
         changes = []
+        far: list[Site] = []
         after: dict[int, tuple[bytes, SlotTable | None]] = {}
         moves: dict[int, tuple[int, Callable[[], dict[int, int]]]] = {}
         for a in dirty:
@@ -343,7 +344,11 @@ class Engine:
             now = a.bytes or site.sled.idle
             if a.ops:
                 table, slot, island = placed[site.at]
-                put = self.arch.arm(site.at, site.sled, slot, balanced=table.hooked)
+                try:
+                    put = self.arch.arm(site.at, site.sled, slot, balanced=table.hooked)
+                except OutOfReach:  # a form of its own, shorter reach than the island is near
+                    far.append(site)
+                    continue
                 after[site.at] = (put, table)
                 moves[site.at] = (len(put), partial(island.moves, site))
             else:
@@ -352,6 +357,13 @@ class Engine:
             if len(now) != len(put):
                 now = site.sled.idle[: len(put)]
             changes.append(patch.Change(site.at, now, put))
+        for site in far:
+            self._armed[site.at].ops = ()
+        if far:
+            self.notes.append(
+                f"{len(far)} functions are out of reach of generated code and not traced: {far[0].name}..."
+            )
+        dirty = [a for a in dirty if a.site.at in after]
         for (name, site), at in zip(lookups, lookup_spots, strict=True):
             changes.append(self._lookup_change(name, site, at))
         first = not any(a.bytes for a in self._armed.values())
@@ -399,7 +411,10 @@ class Engine:
         tables = group(self.arch, cluster, returns=self._plane is not None, first_row=self._rows)
         self._rows += len(cluster)
         if self._row_room and self._rows > self._row_room:
-            raise EngineBug("more counter rows than were planned")
+            raise CannotHere(
+                f"the counter table has no room for {len(cluster)} functions more",
+                hint="end this session and begin another, or open the engine with extra_sites",
+            )
         size = room_for(tables, code_size(self.arch, self._layout, tables))
         return tables, size, cluster[0][0].at
 

@@ -218,14 +218,21 @@ def acquire(d: Dialect, lay: Layout) -> str:
         blocks = t.op(f"icmp eq i64 {policy}, {int(ring_layout.Policy.BLOCK)}")
         wait = t.op(f"and i1 {blocks}, {t.op(f'icmp eq i64 {off}, 0')}")
         t.add(f"{tried2} = add i64 {tried}, 1")
-        again = t.op(f"and i1 {wait}, {t.op(f'icmp ult i64 {tried2}, {PATIENCE}')}")
+        # who has waited in vain says so, and nobody waits again until a ring was freed
+        full = f"getelementptr (i8, ptr {region}, i64 {ring_layout.R_NEXT})"
+        hope = t.op(f"icmp eq i64 {t.load(full, volatile=True)}, 0")
+        early = t.op(f"and i1 {hope}, {t.op(f'icmp ult i64 {tried2}, {PATIENCE}')}")
+        again = t.op(f"and i1 {wait}, {early}")
         t.add(f"br i1 {again}, label %later, label %never")
         t.label("later")
         _sleep(t, d, timespec)
         t.add("br label %scan")
     else:
         t.add("br label %never")
-    lost(f"getelementptr (i8, ptr {region}, i64 {ring_layout.R_LOST})", "never")
+    t.label("never")
+    t.store(1, f"getelementptr (i8, ptr {region}, i64 {ring_layout.R_NEXT})", volatile=True)
+    t.add("br label %alone")
+    lost(f"getelementptr (i8, ptr {region}, i64 {ring_layout.R_LOST})", "alone")
 
     t.label("got")
     spot = t.op(f"shl i64 {n}, {CONTEXT.bit_length() - 1}")

@@ -8,7 +8,7 @@ little-endian u64 unless said otherwise.
       0  magic  b"FENTRYR1"               0  pos    bytes ever written (target writes)
       8  nrings                           8  lost   events not written (target writes)
      16  ring_size                       16  limit  the target stops writing at pos == limit
-     24  next     next free ring         24  tp     thread pointer of the owner
+     24  full     1: no ring was free    24  tp     thread pointer of the owner
      32  beat     heartbeat (host)       32  pid u32, tid u32
      40  policy   0 drop 1 overwrite     40  level  0 normal, 1.. nested (signal handlers)
                   2 block                48  parent index of the level-0 ring, or own index

@@ -292,6 +292,8 @@ class Region:
             self._rings[index, _OWNER] = 0
             self._rings[index, _STATE] = 0  # last: from here on somebody else may claim it
             freed += 1
+        if freed:
+            self._head[layout.R_NEXT // 8] = 0  # whoever waits for a ring may hope again
         return freed
 
     def discard(self) -> int:

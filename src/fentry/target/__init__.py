@@ -169,6 +169,11 @@ class Target(ABC):
         """Page ranges inside [start, end) that were ever written; a target that cannot tell gives all of it."""
         return [(start, end)] if start < end else []
 
+    @property
+    def clock(self) -> int:
+        """Virtual time now, where ``clock_at`` tells it to the program; else 0."""
+        return 0
+
     def relatives(self, name: str) -> list[Target]:
         """Other running targets that inherited the region shared as `name` (forked children), stopped."""
         return []

@@ -357,7 +357,9 @@ class Session:
             return hostclock.pair()
         if self.engine.clock == "mono":
             return hostclock.pair(time.monotonic_ns)
-        return 0, time.time_ns()
+        # a virtual clock begins at 0, in nanoseconds of its own: two runs give the same trace
+        now = self.target.clock if self.target.clock_at else time.time_ns()
+        return (now, now) if self.engine.clock == "icount" else (0, now)
 
     def _meta(self, status: dict[str, int]) -> Meta:
         engine, target = self.engine, self.target
