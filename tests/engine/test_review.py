@@ -216,7 +216,7 @@ def _made(directory, source, *flags, cc="gcc"):
     name = "a.cpp" if cc == "g++" else "a.c"
     (directory / name).write_text(source)
     flags = ("-O1", "-fpatchable-function-entry=5", *flags)
-    subprocess.run([cc, *flags, directory / name, "-o", directory / "prog"], check=True)
+    subprocess.run([cc, directory / name, *flags, "-o", directory / "prog"], check=True)
     return directory / "prog"
 
 
@@ -238,7 +238,9 @@ def _visited(program, directory, wanted):
         child.wait()
 
 
-@pytest.mark.xfail(strict=True, reason="the empty context's key is 0, and so may be the word at %fs:0 (Go)")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="the empty context's key is 0, and so may be the word at %fs:0 (Go)"
+)
 def test_word_at_thread_pointer_is_zero(tmp_path):
     program = _made(tmp_path, ZERO_AT_FS, "-nostdlib", "-static", "-fno-stack-protector")
     assert run([program]).status == 0
@@ -247,48 +249,64 @@ def test_word_at_thread_pointer_is_zero(tmp_path):
     assert seen.outcome.lost == 200
 
 
-@pytest.mark.xfail(strict=True, reason="a program goes on in a child with a wiped context, and leaves a key in it")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="a program goes on in a child with a wiped context, and leaves a key in it",
+)
 def test_fork_in_a_handler_that_interrupted_a_program(tmp_path):
     program = _made(tmp_path, FORK_IN_HANDLER)
     assert trace([program], tmp_path, wanted=["hot"]).did.stdout == run([program]).stdout == b"bad 0\n"
 
 
-@pytest.mark.xfail(strict=True, reason="dlsym and its like judge by their return address, which is a hook's")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="dlsym and its like judge by their return address, which is a hook's"
+)
 def test_dlsym_next_finds_who_asks(tmp_path):
     program = _made(tmp_path, NEXT_SYMBOL)
     assert trace([program], tmp_path, wanted=["libc.so.6:dlsym"]).did == run([program])
 
 
-@pytest.mark.xfail(strict=True, reason="programs make system calls, for which a filter kills the program")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="programs make system calls, for which a filter kills the program"
+)
 def test_a_program_that_locked_itself_in(tmp_path):
     program = _made(tmp_path, SECCOMP)
     assert run([program]).status == 0
     assert trace([program], tmp_path, wanted=["hot"]).did.status == 0
 
 
-@pytest.mark.xfail(strict=True, reason="a thread pointer used again is taken for the dead thread that had it")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a thread pointer used again is taken for the dead thread that had it"
+)
 def test_threads_that_inherit_a_dead_ones_context_and_thread_pointer(tmp_path):
     seen = trace([_made(tmp_path, HEIRS, "-pthread")], tmp_path, wanted=["hot"])
     told = {int(line) for line in seen.did.stdout.split()}
     assert set(pa.concat_tables(seen.trace.events()).column("tid").to_pylist()) == told
 
 
-@pytest.mark.xfail(strict=True, reason="a return address into the lookup is not seen at detach")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a return address into the lookup is not seen at detach")
 def test_detach_during_a_callback_of_dl_iterate_phdr(tmp_path):
     assert _visited(_made(tmp_path, CALLBACK), tmp_path, ["work"])
 
 
-@pytest.mark.xfail(strict=True, reason="an unwinder at work holds addresses in slots and in the shadow stack")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="an unwinder at work holds addresses in slots and in the shadow stack"
+)
 def test_detach_while_an_exception_is_under_way(tmp_path):
     assert _visited(_made(tmp_path, THROWING, cc="g++"), tmp_path, ["thrower", "passer"])
 
 
-@pytest.mark.xfail(strict=True, reason="a process that shares the memory is not stopped at detach")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a process that shares the memory is not stopped at detach"
+)
 def test_detach_beside_a_process_that_shares_the_memory(tmp_path):
     assert _visited(_made(tmp_path, SHARING), tmp_path, ["hot"])
 
 
-@pytest.mark.xfail(strict=True, reason="places written before the one that fails stay written, without contexts")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="places written before the one that fails stay written, without contexts"
+)
 def test_a_visit_that_fails_half_way(tmp_path):
     library = tmp_path / "distant.so"
     (tmp_path / "distant.c").write_text("volatile long m; int distant(int x) { m++; return x + 2; }")
@@ -304,14 +322,16 @@ def test_a_visit_that_fails_half_way(tmp_path):
             Session(attach(child.pid), plan, directory=tmp_path / "trace", started=False) as session,
         ):
             session.start()
-        with pytest.raises(subprocess.TimeoutExpired):
-            child.wait(0.5)
+        time.sleep(0.3)  # it calls both again and again
+        assert child.poll() is None
     finally:
         child.kill()
         child.wait()
 
 
-@pytest.mark.xfail(strict=True, reason="a process gives all of a range as touched: all memory is read at detach")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a process gives all of a range as touched: all memory is read at detach"
+)
 def test_untouched_memory_is_not_read_at_detach(tmp_path):
     child = subprocess.Popen([_made(tmp_path, LARGE)], env=environment())
     try:
