@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 from fentry.arch import Arch, ReturnPlane, load
 from fentry.engine import journal as undo
@@ -31,7 +32,7 @@ from fentry.program.compile import compile_text
 from fentry.program.context import CONTEXT, COUNTER, NO_KEY, Layout
 from fentry.record import layout as ring_layout
 from fentry.record.layout import Policy, Table
-from fentry.record.ring import Region
+from fentry.record.ring import Region, RingInfo
 from fentry.target import Mapping, Target, need
 
 __all__ = ["Engine", "Op", "Site"]
@@ -192,6 +193,8 @@ class Engine:
         if table:
             blank = NO_KEY.to_bytes(8, "little").ljust(CONTEXT, b"\0")
             target.write(contexts, blank * self.rings)  # house: data, contexts that belong to nobody
+        else:  # where threads begin; the word at %fs:0 may be 0 (Go), and a key of 0 would be taken for theirs
+            target.write(contexts + self.rings * CONTEXT, NO_KEY.to_bytes(8, "little"))  # house: data, nobody's key
 
         shadow = plane_step = 0
         if any(op.exit for op in ops):
@@ -450,6 +453,7 @@ class Engine:
         for t in tables:
             if t.hooked:
                 self._journal.meta.hooks.append(undo.HookTable(t.base, t.layout.stride, len(t.sites), t.layout.hook))
+        self._journal.meta.unwind += [(o.start, o.size, o.header, o.info - o.header) for o in island.unwind]
         self._journal.save()
         self.islands.append(island)
         return island
@@ -502,6 +506,20 @@ class Engine:
         if len(code) > _LOOKUP_ROOM:
             raise EngineBug(f"the lookup of {len(objects)} islands is too large")
         patch.write_new(self.target, at, code)
+        assert self._journal is not None
+        meta = self._journal.meta
+        meta.lookups.append(site.at)
+        # the original and the callbacks are called from here: these addresses lie on stacks meanwhile
+        lines = [*self.arch.disassemble(blob.code, at + entry), (at + len(code), b"", "")]
+        meta.calls += [after for (_, _, text), (after, _, _) in pairwise(lines) if text.startswith("call")]
+        self._journal.save()
+        assert self._journal is not None
+        meta = self._journal.meta
+        meta.lookups.append(site.at)
+        # the original and the callbacks are called from here: these addresses lie on stacks meanwhile
+        lines = [*self.arch.disassemble(blob.code, at + entry), (at + len(code), b"", "")]
+        meta.calls += [after for (_, _, text), (after, _, _) in pairwise(lines) if text.startswith("call")]
+        self._journal.save()
         put = self.arch.arm(
             site.at, site.sled, at + entry + blob.symbols["find" if finds else "iterate"], balanced=True
         )
@@ -514,10 +532,22 @@ class Engine:
         """Undo everything. The target is left stopped; one that is gone is fine. Idempotent."""
         if self._closed or self._journal is None:
             return
-        self._closed = True
         self.target.stop()
+        self._closed = True
         view = bytes(self._journal.view)
         self.report = restore.restore(self.target, *undo.parse(view))
+
+    def forget(self, ring: RingInfo) -> None:
+        """Wipe the context of a thread that has ended, before its ring is given to another.
+
+        A new thread may have inherited that context and, with a stack used again, even the thread pointer.
+        May be called from another thread while the target runs.
+        """
+        if self._layout is None or ring.level or ring.pid != self.target.pid:
+            return
+        with suppress(TraceError):
+            at = self._layout.contexts + ring.index * CONTEXT
+            self.target.write(at, bytes(CONTEXT))  # house: data, a context that belongs to nobody
 
     def restore_other(self, target: Target) -> restore.Report:
         """Undo our changes in another stopped target that inherited them by fork. Raises Gone."""

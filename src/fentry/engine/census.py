@@ -33,6 +33,8 @@ _NEVER = {
 _RETURNS_TWICE = re.compile(
     r"(__)?(_|sig|_sig|__sig)?setjmp|savectx|(__)?getcontext|(__)?(libc_)?vfork|__vfork\w*|(__)?swapcontext|_setjmp_aligned"
 )
+#: they ask who called them: which library goes on searching behind itself, whose search path counts
+_ASKS_CALLER = re.compile(r"(__)?(libc_)?(dl|_dl_)(m?open|v?sym)(_\w+)?")
 #: the unwinder captures its own frame and leaves through another one
 _UNWINDER = re.compile(
     r"_Unwind_\w+|__gcc_personality_v0|__gxx_personality_v0|_dl_find_object|(__)?dl_iterate_phdr|uw_\w+|unw_\w+|_U\w+|__libunwind_\w+"
@@ -130,6 +132,8 @@ def take(image: Image, module: str = "", *, main: bool = False) -> Census:
         names = (f.name, *f.aliases)
         if any(_RETURNS_TWICE.fullmatch(n) for n in names):
             returns, why = False, "returns twice"
+        elif any(_ASKS_CALLER.fullmatch(n) for n in names):
+            returns, why = False, "asks for its return address"
         elif unwinder or any(_UNWINDER.fullmatch(n) for n in names):
             returns, why = False, "leaves through a frame that is not its own"
         elif sled is not None and sled.form in ("mcount", "sled16"):

@@ -58,6 +58,10 @@ class Meta:
     context: tuple[int, int] = (0, 0)  #: (address, size) of the contexts: a segment base in it is ours
     tls: int = 0  #: thread pointer that was lent to a thread that had none
     region: tuple[int, int] = (0, 0)  #: (address, size) of the ring region
+    #: (address, size) of a table with return hooks, (address, size) of its .eh_frame_hdr and .eh_frame: for debuggers
+    unwind: list[tuple[int, int, int, int]] = field(default_factory=list)
+    lookups: list[int] = field(default_factory=list)  #: sites of the unwinders' lookup functions
+    calls: list[int] = field(default_factory=list)  #: return addresses in our code beneath a program's callbacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,10 @@ def parse(data: bytes) -> tuple[Meta, list[Entry]]:
                 context=(_word(raw["context"][0]), _word(raw["context"][1])),
                 tls=_word(raw["tls"]),
                 region=(_word(raw["region"][0]), _word(raw["region"][1])),
+                # older tracers do not write it
+                unwind=[(_word(a), _word(b), _word(c), _word(d)) for a, b, c, d in raw.get("unwind", [])],
+                lookups=[_word(a) for a in raw.get("lookups", [])],
+                calls=[_word(a) for a in raw.get("calls", [])],
             )
             if not all(h.stride for h in meta.hooks):
                 raise ValueError("slots of no size")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,8 @@ class Change:
     put: bytes
 
 
+#: bytes above a stack pointer that are searched for signal frames: a coroutine's stack may lie in a huge mapping
+_STACK_MAX = 4 << 20
 #: places nearer than this are read and written as one span
 _GAP = 4096
 
@@ -64,7 +67,18 @@ def apply(target: Target, changes: Sequence[Change]) -> None:
 
     Raises: PatchMismatch before anything was written, or after a write that did not take; Fault, Gone.
     """
-    for start, image, group in _verified(target, changes):
+    images = _verified(target, changes)
+    try:
+        _write(target, images)
+    except (Fault, PatchMismatch):
+        for start, image, _ in images:  # all or none: what was written already goes back
+            with suppress(Fault):
+                target.write(start, image)
+        raise
+
+
+def _write(target: Target, images: Sequence[tuple[int, bytes, list[Change]]]) -> None:
+    for start, image, group in images:
         new = bytearray(image)
         for c in group:
             new[c.at - start : c.at - start + len(c.put)] = c.put
@@ -155,7 +169,7 @@ def saved_pcs(target: Target, arch: Arch) -> list[tuple[int, int, Callable[[int]
         if i < 0 or sp >= mappings[i].end:
             continue
         low = sp & -8
-        stack = target.read(low, mappings[i].end - low & -8)
+        stack = target.read(low, min(mappings[i].end - low, _STACK_MAX) & -8)
         for offset, saved in arch.saved_pcs(stack):
             places.append((tid, saved, partial(_set_word, target, low + offset)))
     return places

@@ -7,8 +7,9 @@ in which threads that were caught inside our code run out of it.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from fentry.engine import patch
 from fentry.engine.journal import META_AT, META_ROOM, NAME, Entry, Meta, parse
 from fentry.errors import Fault, PatchMismatch, TargetRefused
 from fentry.record import layout as ring_layout
-from fentry.target import Mapping, Target
+from fentry.target import Mapping, Readable, Target
 
 #: how long we wait for threads to leave our code
 PATIENCE_S = 5.0
@@ -34,7 +35,7 @@ class Report:
     left_mapped: str = ""  #: why islands could not be unmapped, or ""
 
 
-def find_journal(target: Target) -> tuple[Meta, list[Entry]] | None:
+def find_journal(target: Readable) -> tuple[Meta, list[Entry]] | None:
     """Find and read the undo journal mapped in a target; None if there is none.
 
     Raises: TargetRefused if it is damaged; Gone.
@@ -60,22 +61,27 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
     arch = load(target.arch)
     report = Report()
     _switch_off(target, meta)
-    report.strange = patch.restore(target, entries)
-    report.sites = len(entries) - len(report.strange)
+    lookups = [e for e in entries if e.at in meta.lookups]
+    report.strange = patch.restore(target, [e for e in entries if e.at not in meta.lookups])
     deadline = time.monotonic() + PATIENCE_S
+    while _unwinding(target, arch, meta):
+        if time.monotonic() > deadline:
+            report.left_mapped = "an exception that passes fentry's frames is still under way"
+            return report
+        _slice(target)
+    report.strange += patch.restore(target, lookups)
+    report.sites = len(entries) - len(report.strange)
     while True:
         if arch.dialect.return_slot:
             report.frames += _unhook_frames(target, meta)
-        busy = set(patch.inside(target, arch, meta.code))
+        busy = {*patch.inside(target, arch, meta.code), *_called_from(target, arch, meta)}
         if not busy:
             break
         if time.monotonic() > deadline:
             report.left_mapped = "a thread is still inside fentry's code (stopped there, or below a signal handler)"
             break
         # nothing leads into our code any more: whoever is in it leaves by running on
-        target.resume()
-        time.sleep(0.001)  # there is no event to wait for
-        target.stop()
+        _slice(target)
     _lend_back(target, arch, meta, keep=busy)
     if not arch.dialect.return_slot and _linked_frames(target, arch, meta):
         # a callee keeps its link register wherever it likes, so its frame's shadow entry cannot be found from it
@@ -86,6 +92,55 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
         for at, size in reversed(meta.mappings):
             target.allocator.unmap(at, size)
     return report
+
+
+def _slice(target: Target) -> None:
+    """Let the target run for a moment."""
+    target.resume()
+    time.sleep(0.001)  # there is no event to wait for
+    target.stop()
+
+
+#: an unwinder's frames lie this near to the stack pointer while it works
+_NEAR = 16384
+_UNWINDER = re.compile(r"/lib(gcc_s|unwind)[-.][^/]*$")
+
+
+def _near_stack(target: Target, arch: Arch, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(thread, up to `size` bytes of words above its stack pointer) of each thread."""
+    mappings = target.mappings()
+    for tid in target.threads():
+        sp = target.regs(tid)[arch.sp] & -8
+        m = next((m for m in mappings if m.start <= sp < m.end), None)
+        if m is not None:
+            yield tid, np.frombuffer(target.read(sp, min(m.end - sp, size) & -8), np.uint64)
+
+
+def _unwinding(target: Target, arch: Arch, meta: Meta) -> bool:
+    """Tell whether a thread is in an unwinder that has one of our frames in hand.
+
+    It then holds addresses of hooks, and will ask the lookup functions about them: frames, lookups and islands must
+    stay until it is done. No new hook is entered meanwhile, so this ends.
+    """
+    if not (meta.hooks and meta.lookups):
+        return False
+    code = [(m.start, m.end) for m in target.mappings() if "x" in m.perms and _UNWINDER.search(m.path)]
+    for tid, words in _near_stack(target, arch, 8 * _NEAR) if code else ():
+        regs = np.array([v for v in target.regs(tid).values() if 0 <= v < 1 << 64], dtype=np.uint64)
+        words = np.concatenate([regs, words])
+        near = words[: len(regs) + _NEAR // 8]
+        active = any(((near >= lo) & (near < hi)).any() for lo, hi in code)
+        if active and any(((words >= at) & (words < at + size)).any() for at, size in meta.code):
+            return True
+    return False
+
+
+def _called_from(target: Target, arch: Arch, meta: Meta) -> list[int]:
+    """Threads that run a callback, or the original, beneath one of our lookup functions."""
+    if not meta.calls:
+        return []
+    ours = np.array(meta.calls, dtype=np.uint64)
+    return [tid for tid, words in _near_stack(target, arch, 1 << 20) if np.isin(words, ours).any()]
 
 
 def _still_ours(target: Target, meta: Meta) -> Meta:

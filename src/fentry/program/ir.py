@@ -180,18 +180,12 @@ class Module:
                 ctx.store(busy(t, pointer), C_KEY, volatile=True)
                 t.barrier()
 
-        full: Callable[[str], None] | None = None
-        if not slow:
-
-            def check(cond: str) -> None:
-                t.branch(cond, "full", "room", likely=False)
-                t.label("full")
+        def leave() -> None:
+            if not light:
                 ctx.store(tp, C_KEY, volatile=True)
-                bail()
-                t.label("room")
+            bail()
 
-            full = check
-        self._work(t, spec, ctx, name, full, placed=placed)
+        self._work(t, spec, ctx, name, None if slow else leave, placed=placed)
         if slow or not light:
             t.barrier()
             ctx.store(tp, C_KEY, volatile=True)
@@ -217,7 +211,7 @@ class Module:
         spec: Spec,
         ctx: Context,
         name: str,
-        full: Callable[[str], None] | None,
+        leave: Callable[[], None] | None,
         *,
         placed: bool,
     ) -> None:
@@ -257,7 +251,7 @@ class Module:
         # A cycle counter is microcode that lets nothing else start meanwhile; what is issued after it overlaps with the
         # traced program, what is issued before it does not. Reading it first takes 2 ns off an event of 11 (measured).
         early = ""
-        if full is not None and lay.clock == "tsc" and (spec.record or spec.timed):
+        if leave is not None and lay.clock == "tsc" and (spec.record or spec.timed):
             early = clock()
             t.barrier()
 
@@ -284,22 +278,33 @@ class Module:
             elif not spec.tail:  # which has no frame of its own, perhaps not even a mirrored stack
                 t.store(now, start)
         if spec.count or spec.timed:
-            self._count(t, spec, ctx, mark(), position, shadow, clock)
+            self._count(t, spec, ctx, mark(), position, shadow, clock, leave)
         recording = spec.record and not (spec.threshold and not spec.exit)
         if not recording:
             return
         if keep:
             t.add(f"br i1 {keep}, label %keep, label %done")
             t.label("keep")
-        ring = t.pointer(ctx.load(C_RING))
+        header = ctx.load(C_RING)
+        if leave is not None and lay.system_calls:
+            # a child that was forked by a signal handler inside a program finds the context wiped under its feet
+            t.branch(t.op(f"icmp eq i64 {header}, 0"), "full", "whole", likely=False)
+            t.label("whole")
+        ring = t.pointer(header)
         pos = t.load(ring)
         units = self._units(spec)
         end = t.op(f"add i64 {pos}, {16 * units}")
         first = ""
-        if full is not None:
-            full(t.op(f"icmp ugt i64 {end}, {ctx.load(C_LIMIT)}"))
-            first = t.pointer(t.op(f"add i64 {ctx.load(C_DATA)}, {pos}"))
-        base = "" if full is not None else ring_data(t, lay, ctx.load(C_RING))
+        if leave is not None:
+            # the limit is read last: if the context is wiped before that, it is 0 and sends us away; after that
+            # everything is at hand
+            data = ctx.load(C_DATA, volatile=True)
+            t.branch(t.op(f"icmp ugt i64 {end}, {ctx.load(C_LIMIT, volatile=True)}"), "full", "room", likely=False)
+            t.label("full")
+            leave()
+            t.label("room")
+            first = t.pointer(t.op(f"add i64 {data}, {pos}"))
+        base = "" if leave is not None else ring_data(t, lay, ctx.load(C_RING))
 
         def put(index: int, a: Callable[[], str], word: Callable[[], str]) -> None:
             if first:
@@ -356,12 +361,19 @@ class Module:
         if not lay.sliced:
             t.add("fence release")
         t.barrier()
-        if full is None:
+        if leave is None:
             t.store(end, ring)
         else:  # the position is read again rather than kept
-            ring = t.pointer(ctx.load(C_RING))
+            header = ctx.load(C_RING)
+            if lay.system_calls:
+                t.branch(t.op(f"icmp eq i64 {header}, 0"), "unpublished", "publish", likely=False)
+                t.label("publish")
+            ring = t.pointer(header)
             t.store(t.op(f"add i64 {t.load(ring)}, {16 * units}"), ring)
-        if full is None:  # the next lap
+            if lay.system_calls:
+                t.add("br label %unpublished")
+                t.label("unpublished")
+        if leave is None:  # the next lap
             lap = t.op(f"and i64 {end}, {-lay.ring_size}")
             ctx.store(t.op(f"sub i64 {base}, {lap}"), C_DATA)
             limit = t.load(t.at(ring, ring_layout.H_LIMIT), volatile=True)
@@ -372,7 +384,15 @@ class Module:
             t.label("done")
 
     def _count(
-        self, t: Text, spec: Spec, ctx: Context, mark: str, position: str, shadow: int, clock: Callable[[], str]
+        self,
+        t: Text,
+        spec: Spec,
+        ctx: Context,
+        mark: str,
+        position: str,
+        shadow: int,
+        clock: Callable[[], str],
+        leave: Callable[[], None] | None,
     ) -> None:
         """Add to the site's row of this thread's counter table; times need a frame in the shadow planes."""
         lay = self.layout
@@ -380,7 +400,13 @@ class Module:
         wide = COUNTER.bit_length() - 1
         index = t.op(f"shl i64 {t.op(f'lshr i64 {mark}, {spec.shift}')}, {wide}")
         first = (spec.row << wide) - ((spec.base >> spec.shift) << wide)
-        row = t.pointer(t.op(f"add i64 {t.op(f'add i64 {index}, {first}')}, {ctx.load(C_TABLE)}"))
+        table = ctx.load(C_TABLE)
+        if leave is not None and lay.system_calls:  # see `whole` in _work
+            t.branch(t.op(f"icmp eq i64 {table}, 0"), "wiped", "counting", likely=False)
+            t.label("wiped")
+            leave()
+            t.label("counting")
+        row = t.pointer(t.op(f"add i64 {t.op(f'add i64 {index}, {first}')}, {table}"))
         if not spec.exit:
             hits = t.at(row, K_HITS)
             if self.dialect.atomic_add:  # a signal handler may count between a load and its store

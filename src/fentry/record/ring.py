@@ -268,13 +268,14 @@ class Region:
         """Fewer than a quarter of the rings are free."""
         return int(np.count_nonzero(self._rings[:, _STATE])) > self.nrings * 3 // 4
 
-    def recycle(self, alive: Callable[[int, int], bool]) -> int:
+    def recycle(self, alive: Callable[[int, int], bool], forget: Callable[[RingInfo], None] | None = None) -> int:
         """Free the rings of threads that have ended, once all of theirs is drained, for new threads to claim.
 
         Call it from where :meth:`drain` is called. Policy overwrite keeps what its rings hold.
 
         Args:
             alive: tells whether thread `tid` of process `pid` still exists.
+            forget: called before a ring is freed: wipes what may still lead a thread to it.
 
         Returns: rings freed.
         """
@@ -287,6 +288,8 @@ class Region:
                 continue
             if int(self._rings[index, _POS]) != int(self._tail[index]):
                 continue
+            if forget is not None:
+                forget(info)
             self._rings[index, _LEVEL] = 0
             self._rings[index, _PARENT] = index
             self._rings[index, _OWNER] = 0
@@ -381,6 +384,7 @@ class Drainer:
         region: the rings.
         sink: receives the bytes, on the drainer's thread.
         alive: tells whether thread `tid` of `pid` exists; rings of those that do not are freed.
+        forget: see :meth:`Region.recycle`.
     """
 
     #: bytes per second that one thread of a target can record; sets the pauses
@@ -389,7 +393,14 @@ class Drainer:
     #: seconds between looks for rings of threads that have ended
     RECYCLE = 0.05
 
-    def __init__(self, region: Region, sink: Sink, alive: Callable[[int, int], bool] | None = None) -> None:
+    def __init__(
+        self,
+        region: Region,
+        sink: Sink,
+        alive: Callable[[int, int], bool] | None = None,
+        forget: Callable[[RingInfo], None] | None = None,
+    ) -> None:
+        self._forget = forget
         self.region = region
         self._thread_alive = alive
         self._recycled = 0.0
@@ -430,7 +441,7 @@ class Drainer:
             crowded = self.region.fill() > 0.25
             if self._thread_alive is not None and (now - self._recycled > self.RECYCLE or self.region.short):
                 self._recycled = now
-                self.region.recycle(self._thread_alive)
+                self.region.recycle(self._thread_alive, self._forget)
             if crowded or now >= due:
                 moved = self._step(last=False)
                 pause = self._busy_pause if moved else min(pause * 1.5, self._idle_pause)

@@ -61,6 +61,16 @@ class Stop:
     pc: int = 0
 
 
+class Readable(Protocol):
+    """What can be looked at: every Target, and a process that is not stopped."""
+
+    def read(self, at: int, size: int) -> bytes:
+        """Read exactly `size` bytes. Raises Fault, Gone."""
+
+    def mappings(self) -> list[Mapping]:
+        """All mapped ranges in address order."""
+
+
 class Allocator(Protocol):
     """Ability: map and unmap memory in the target."""
 

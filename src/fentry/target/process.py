@@ -27,6 +27,8 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 
+import numpy as np
+
 from fentry.errors import AskedWrong, Denied, EngineBug, Gone, TargetRefused, TraceError, Unsupported
 from fentry.target import Mapping as Range
 from fentry.target import Module, Stop, Target, halt, launch, procfs, ptrace, seccomp
@@ -36,6 +38,8 @@ from fentry.target.procfs import Identity
 from fentry.target.ptrace import Event
 from fentry.target.room import ProcessAllocator, ProcessShared
 
+_PAGE = 4096
+_MAP_STEP = 1 << 30  #: bytes of address space whose page map is read at once: 2 MiB
 _ELF_MACHINE = 62  #: of the instruction set whose registers and frames ptrace.py and inject.py know
 _BY_EXEC = "replaced its program by exec"
 _STEP_PATIENCE = 1.0  #: seconds until a stepped system call is taken for one that waits
@@ -126,6 +130,18 @@ class ProcessTarget(Target):
     def mappings(self) -> list[Range]:
         """All mapped ranges in address order. Raises Gone."""
         return [region.mapping for region in procfs.regions(self._tid())]
+
+    def touched(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Page ranges inside [start, end) that are backed by something, by the page map (proc(5)). Raises Gone."""
+        found: list[tuple[int, int]] = []
+        with open(f"/proc/{self._tid()}/pagemap", "rb", buffering=0) as table:  # noqa: PTH123 - a device, not a file
+            for at in range(start & -_PAGE, end, _MAP_STEP):
+                pages = (min(at + _MAP_STEP, end) - at + _PAGE - 1) // _PAGE
+                words = np.frombuffer(os.pread(table.fileno(), pages * 8, at // _PAGE * 8), "<u8")
+                there = np.flatnonzero(words >> np.uint64(62))  # bit 63: present, bit 62: swapped
+                runs = np.split(there, np.flatnonzero(np.diff(there) != 1) + 1) if len(there) else []
+                found += [(at + int(run[0]) * _PAGE, at + (int(run[-1]) + 1) * _PAGE) for run in runs]
+        return [(max(low, start), min(high, end)) for low, high in found]
 
     def modules(self) -> list[Module]:
         """Loaded images, the program itself first, the vdso included. Raises Gone."""

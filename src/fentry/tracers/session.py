@@ -18,7 +18,7 @@ from fentry.engine import Engine, Site, census, restore, unwind
 from fentry.engine import filter as filters
 from fentry.engine import journal as undo
 from fentry.engine.census import Census, Verdict
-from fentry.errors import AskedWrong, BadImage, Gone, NothingMatched
+from fentry.errors import AskedWrong, BadImage, Gone, NothingMatched, TargetRefused, TraceError
 from fentry.image import Image
 from fentry.program.context import COUNTER, K_HITS, K_MAX, K_MIN, K_SELF, K_TOTAL
 from fentry.record.event import Clock
@@ -30,6 +30,9 @@ from fentry.target import Module, Stop, Target, hostclock
 from fentry.tracers import Options, Tracer, load
 
 Progress = Callable[[str], None]
+
+#: how long a detach waits for another tracer to let go of the process
+DETACH_PATIENCE_S = 3.0
 
 #: start-up code of the C runtime (crti.o, crtbegin.o): traced only if asked for
 _GLUE = frozenset(
@@ -332,14 +335,14 @@ class Session:
         if self.target.sliced:
             return
         alive = getattr(self.target, "alive", None)  # a target whose threads can be looked up from here
-        self._drainer = Drainer(self.engine.region, self._sink, alive)
+        self._drainer = Drainer(self.engine.region, self._sink, alive, self.engine.forget)
         self._drainer.start()
 
     def _recycle(self) -> None:
         """Give the rings of threads that ended to others, who wait for one, although nothing is drained from them."""
         assert self.engine.region is not None
         alive = getattr(self.target, "alive", None)  # a target whose threads can be looked up from here
-        self._drainer = Drainer(self.engine.region, lambda _ring, _data: None, alive)
+        self._drainer = Drainer(self.engine.region, lambda _ring, _data: None, alive, self.engine.forget)
         self._drainer.start()
 
     def _sink(self, ring: RingInfo, data: memoryview) -> None:
@@ -465,13 +468,7 @@ class Session:
             return outcome
         self._finished = True
         outcome.seconds = time.monotonic() - self._begun if self._begun else 0.0
-        if outcome.stop is None:
-            try:
-                self.engine.close()
-            except Gone as gone:
-                outcome.stop = Stop("exited", gone.status if gone.status is not None else -1)
-            else:
-                outcome.restored = self.engine.report
+        trouble = self._detach() if outcome.stop is None else None
         self._restore_relatives()
         if self.engine.region is not None:
             self._rows = self.rows()
@@ -490,15 +487,50 @@ class Session:
                 self._epoch.append(self._moment())
                 stop = outcome.stop
                 self._writer.close(self._meta({stop.kind: stop.status} if stop else {"detached": 0}))
+        if trouble is not None:
+            raise trouble
         return outcome
 
+    def _detach(self) -> TraceError | None:
+        """Undo everything in a target that still runs; gives what is in the way if that cannot be done (a debugger)."""
+        deadline = time.monotonic() + DETACH_PATIENCE_S
+        while True:
+            try:
+                self.engine.close()
+            except Gone as gone:
+                self.outcome.stop = Stop("exited", gone.status if gone.status is not None else -1)
+            except TraceError as error:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)  # somebody else holds the process; it does not tell when it lets go
+                    continue
+                if self.engine.region is not None:
+                    self.engine.region.switch(on=False)
+                pid = self.target.pid
+                return TargetRefused(
+                    f"process {pid} is still hooked: {error.message}",
+                    hint=f"when nothing else holds it: fentry recover {pid}",
+                )
+            else:
+                self.outcome.restored = self.engine.report
+            return None
+
     def _restore_relatives(self) -> None:
-        """Put forked children back, too: they inherited the hooks, and go on recording into our rings."""
-        for relative in self.target.relatives(undo.NAME):
-            with contextlib.suppress(Gone):
-                report = self.engine.restore_other(relative)
-                self.outcome.notes.append(f"process {relative.pid} had inherited the hooks: {report.sites} undone")
-            relative.close()
+        """Put forked children back, too: they inherited the hooks, and go on recording into our rings.
+
+        A child may fork before it is restored, so we look until there is none.
+        """
+        for _ in range(8):
+            relatives = self.target.relatives(undo.NAME)
+            if not relatives:
+                return
+            for relative in relatives:
+                try:
+                    report = self.engine.restore_other(relative)
+                    self.outcome.notes.append(f"process {relative.pid} had inherited the hooks: {report.sites} undone")
+                except TraceError as error:
+                    if not isinstance(error, Gone):
+                        self.outcome.notes.append(f"process {relative.pid} is still hooked: {error.message}")
+                relative.close()
 
     def __enter__(self) -> Session:
         return self
