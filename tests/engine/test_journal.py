@@ -16,7 +16,7 @@ PAIRS = st.lists(st.tuples(U64, U64), max_size=5)
 METAS = st.builds(
     Meta, PAIRS, PAIRS,
     st.lists(st.builds(HookTable, U64, st.integers(1, 1 << 20), U64, U64), max_size=3), U64, U64, U64,
-    st.tuples(U64, U64), U64, st.tuples(U64, U64),
+    st.tuples(U64, U64), U64, st.tuples(U64, U64), st.lists(st.tuples(U64, U64, U64, U64), max_size=3),
 )  # fmt: skip
 ENTRIES = st.lists(
     st.builds(lambda at, pair: Entry(at, pair[0], pair[1]), U64, st.integers(1, CODE_MAX).flatmap(

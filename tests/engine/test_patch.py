@@ -23,7 +23,6 @@ def commit(target, changes, journal):
     patch.apply(target, changes)
 
 
-
 def make(arch="x86_64", threads=({},), pages=4):
     target = FakeTarget(
         arch, [(CODE, b"\x90" * 4096 * pages, "r-x", "prog"), (STACK, bytes(8192), "rw-", "[stack]")], threads
@@ -128,7 +127,7 @@ def thread(arch, pc, sp=STACK + 256):
 def test_threads_inside_a_place_go_on_where_they_are_told(arch):
     pcs = [CODE, CODE + 2, CODE + 4, CODE + 5, CODE - 1 + 0x1000]
     target, _ = make(arch, [thread(arch, pc) for pc in pcs])
-    patch.move_threads(target, load(arch), {CODE: (5, lambda: {2: 0x9002, 4: 0x9004}), CODE + 0x100: (5, lambda: {})})
+    patch.move_threads(target, load(arch), {CODE: (5, lambda: {2: 0x9002, 4: 0x9004}), CODE + 0x100: (5, dict)})
     got = [target.regs(t)[load(arch).pc] for t in target.threads()]
     assert got == [CODE, 0x9002, 0x9004, CODE + 5, CODE - 1 + 0x1000]
 

@@ -238,9 +238,6 @@ def _visited(program, directory, wanted):
         child.wait()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the empty context's key is 0, and so may be the word at %fs:0 (Go)"
-)
 def test_word_at_thread_pointer_is_zero(tmp_path):
     program = _made(tmp_path, ZERO_AT_FS, "-nostdlib", "-static", "-fno-stack-protector")
     assert run([program]).status == 0
@@ -249,19 +246,11 @@ def test_word_at_thread_pointer_is_zero(tmp_path):
     assert seen.outcome.lost == 200
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a program goes on in a child with a wiped context, and leaves a key in it",
-)
 def test_fork_in_a_handler_that_interrupted_a_program(tmp_path):
     program = _made(tmp_path, FORK_IN_HANDLER)
     assert trace([program], tmp_path, wanted=["hot"]).did.stdout == run([program]).stdout == b"bad 0\n"
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="dlsym and its like judge by their return address, which is a hook's"
-)
 def test_dlsym_next_finds_who_asks(tmp_path):
     program = _made(tmp_path, NEXT_SYMBOL)
     assert trace([program], tmp_path, wanted=["libc.so.6:dlsym"]).did == run([program])
@@ -285,14 +274,10 @@ def test_threads_that_inherit_a_dead_ones_context_and_thread_pointer(tmp_path):
     assert set(pa.concat_tables(seen.trace.events()).column("tid").to_pylist()) == told
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a return address into the lookup is not seen at detach")
 def test_detach_during_a_callback_of_dl_iterate_phdr(tmp_path):
     assert _visited(_made(tmp_path, CALLBACK), tmp_path, ["work"])
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="an unwinder at work holds addresses in slots and in the shadow stack"
-)
 def test_detach_while_an_exception_is_under_way(tmp_path):
     assert _visited(_made(tmp_path, THROWING, cc="g++"), tmp_path, ["thrower", "passer"])
 
@@ -304,9 +289,6 @@ def test_detach_beside_a_process_that_shares_the_memory(tmp_path):
     assert _visited(_made(tmp_path, SHARING), tmp_path, ["hot"])
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="places written before the one that fails stay written, without contexts"
-)
 def test_a_visit_that_fails_half_way(tmp_path):
     library = tmp_path / "distant.so"
     (tmp_path / "distant.c").write_text("volatile long m; int distant(int x) { m++; return x + 2; }")
@@ -329,9 +311,6 @@ def test_a_visit_that_fails_half_way(tmp_path):
         child.wait()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a process gives all of a range as touched: all memory is read at detach"
-)
 def test_untouched_memory_is_not_read_at_detach(tmp_path):
     child = subprocess.Popen([_made(tmp_path, LARGE)], env=environment())
     try:

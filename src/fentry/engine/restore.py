@@ -64,9 +64,12 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
     lookups = [e for e in entries if e.at in meta.lookups]
     report.strange = patch.restore(target, [e for e in entries if e.at not in meta.lookups])
     deadline = time.monotonic() + PATIENCE_S
-    while _unwinding(target, arch, meta):
+    # a landing pad of ours is about to call the unwinder, too: nobody may be inside when the lookups go
+    while lookups and (_unwinding(target, arch, meta) or patch.inside(target, arch, meta.code)):
         if time.monotonic() > deadline:
-            report.left_mapped = "an exception that passes fentry's frames is still under way"
+            report.left_mapped = (
+                "a thread is in fentry's code, or in an unwinder with one of its frames, and does not leave"
+            )
             return report
         _slice(target)
     report.strange += patch.restore(target, lookups)

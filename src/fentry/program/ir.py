@@ -290,6 +290,9 @@ class Module:
             # a child that was forked by a signal handler inside a program finds the context wiped under its feet
             t.branch(t.op(f"icmp eq i64 {header}, 0"), "full", "whole", likely=False)
             t.label("whole")
+        if leave is None:
+            t.add(f"br i1 {t.op(f'icmp eq i64 {header}, 0')}, label %out, label %ringed")
+            t.label("ringed")
         ring = t.pointer(header)
         pos = t.load(ring)
         units = self._units(spec)
@@ -356,7 +359,7 @@ class Module:
             more = t.op(f"add i64 {end}, 16")
             t.add("br label %own")
             t.label("own")
-            before = "keep" if keep else "go"
+            before = "ringed"
             end = t.op(f"phi i64 [ {end}, %{before} ], [ {more}, %nested ]")
         if not lay.sliced:
             t.add("fence release")
