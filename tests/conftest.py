@@ -23,7 +23,12 @@ CI = os.environ.get("CI") == "true"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run every cell of the build matrices, not a sample of them")
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="every cell of the build matrices, every step and thousands of cycles: hours",
+    )
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what is printed now")
 
 
 def pytest_configure(config: pytest.Config) -> None:

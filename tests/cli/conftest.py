@@ -19,11 +19,6 @@ FENTRY = str(Path(sys.executable).with_name("fentry"))
 PATIENCE = 60
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    with contextlib.suppress(ValueError):  # tests/export has the same one
-        parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what is printed now")
-
-
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compare text with a file of tests/golden, or rewrite that file."""

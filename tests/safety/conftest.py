@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 
 import pytest
 
 from tests.safety.checked import FLAGS, SOURCE, Checked
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    with contextlib.suppress(ValueError):  # whoever comes first
-        parser.addoption("--full", action="store_true", help="every step, thousands of cycles: takes hours")
 
 
 @pytest.fixture
