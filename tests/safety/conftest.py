@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 
 from tests.safety.checked import FLAGS, SOURCE, Checked
