@@ -7,6 +7,7 @@ The command line and the Python API are thin above it.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,9 @@ from fentry.target import Module, Stop, Target, hostclock
 from fentry.tracers import Options, Tracer, load
 
 Progress = Callable[[str], None]
+
+#: runtimes that move frames about, or look for their own return addresses on the stack: greenlet, V8, HotSpot
+_COPIES_STACKS = re.compile(r"_greenlet\..*|node(js)?(-?\d+)?|libnode\.so.*|libv8\.so.*|libjvm\.so.*")
 
 #: how long a detach waits for another tracer to let go of the process
 DETACH_PATIENCE_S = 3.0
@@ -303,7 +307,10 @@ class Session:
         main = next((taken for m, taken in self.censuses.values() if m.main), None)
         if main is None:
             return sites
-        if self.engine.arch.unwinds:
+        copier = next((m.name for m in self.target.modules() if _COPIES_STACKS.match(m.name)), "")
+        if copier:
+            why = f"{copier} copies stacks or reads return addresses off them"
+        elif self.engine.arch.unwinds:
             if told or not main.image.uses_cxx_unwinder:
                 return sites
             why = "its unwinder cannot be found (a static program without symbols)"
