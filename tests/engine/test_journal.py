@@ -186,3 +186,16 @@ def test_a_hook_table_without_a_stride_is_damage():
     good = json.loads(json.dumps(undo.asdict(Meta())))
     with pytest.raises(TargetRefused, match="journal is damaged"):
         parse(with_text(json.dumps(good | {"hooks": [{"base": 1, "stride": 0, "count": 1, "hook": 0}]})))
+
+
+def test_a_journal_of_a_tracer_that_knew_nothing_of_debuggers():
+    journal = new()
+    journal.meta = Meta(mappings=[(1, 2)])
+    journal.save()
+    size, at = struct.unpack_from("<II", journal.view, undo.META_WORD)
+    raw = json.loads(bytes(journal.view[at : at + size]))
+    del raw["unwind"]
+    old = json.dumps(raw).encode()
+    journal.view[at : at + len(old)] = old
+    journal.view[undo.META_WORD : undo.META_WORD + 4] = struct.pack("<I", len(old))
+    assert parse(bytes(journal.view))[0] == Meta(mappings=[(1, 2)])

@@ -30,6 +30,7 @@ VERBS = {
     "explain": "what tracing does to one function: bytes, trampoline, registers",
     "doctor": "what this machine allows, and what to do about the rest",
     "recover": "put a process right whose tracer was killed",
+    "symbols": "let gdb see through the hooks of a process that is traced",
 }
 #: the form without a verb; not a word that anybody types
 GRAPH = "graph"
