@@ -452,7 +452,9 @@ class Engine:
         patch.write_new(self.target, at, island.code)
         for t in tables:
             if t.hooked:
-                self._journal.meta.hooks.append(undo.HookTable(t.base, t.layout.stride, len(t.sites), t.layout.hook))
+                self._journal.meta.hooks.append(
+                    undo.HookTable(t.base, t.layout.stride, len(t.sites), t.layout.hook, max(t.layout.pad, 0))
+                )
         self._journal.meta.unwind += [(o.start, o.size, o.header, o.info - o.header) for o in island.unwind]
         self._journal.save()
         self.islands.append(island)

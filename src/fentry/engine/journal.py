@@ -43,6 +43,7 @@ class HookTable:
     stride: int
     count: int
     hook: int
+    pad: int = 0  #: offset of the landing pad that exceptions enter, the last thing in a slot; 0 if there is none
 
 
 @dataclass(slots=True)
@@ -167,7 +168,10 @@ def parse(data: bytes) -> tuple[Meta, list[Entry]]:
             meta = Meta(
                 mappings=[(_word(a), _word(b)) for a, b in raw["mappings"]],
                 code=[(_word(a), _word(b)) for a, b in raw["code"]],
-                hooks=[HookTable(*(_word(h[k]) for k in ("base", "stride", "count", "hook"))) for h in raw["hooks"]],
+                hooks=[
+                    HookTable(*(_word(h.get(k, 0)) for k in ("base", "stride", "count", "hook", "pad")))
+                    for h in raw["hooks"]
+                ],
                 shadow=_distance(raw["shadow"]),
                 low=_word(raw["low"]),
                 size=_word(raw["size"]),

@@ -65,7 +65,7 @@ def restore(target: Target, meta: Meta, entries: Sequence[Entry]) -> Report:
     report.strange = patch.restore(target, [e for e in entries if e.at not in meta.lookups])
     deadline = time.monotonic() + PATIENCE_S
     # a landing pad of ours is about to call the unwinder, too: nobody may be inside when the lookups go
-    while lookups and (_unwinding(target, arch, meta) or patch.inside(target, arch, meta.code)):
+    while lookups and _unwinding(target, arch, meta):
         if time.monotonic() > deadline:
             report.left_mapped = (
                 "a thread is in fentry's code, or in an unwinder with one of its frames, and does not leave"
@@ -106,6 +106,8 @@ def _slice(target: Target) -> None:
 
 #: an unwinder's frames lie this near to the stack pointer while it works
 _NEAR = 16384
+#: a program that a landing pad called has its frame, and the pad's address above it, within this
+_PAD_FRAMES = 512
 _UNWINDER = re.compile(r"/lib(gcc_s|unwind)[-.][^/]*$")
 
 
@@ -131,9 +133,21 @@ def _unwinding(target: Target, arch: Arch, meta: Meta) -> bool:
     for tid, words in _near_stack(target, arch, 8 * _NEAR) if code else ():
         regs = np.array([v for v in target.regs(tid).values() if 0 <= v < 1 << 64], dtype=np.uint64)
         words = np.concatenate([regs, words])
+        if _in_pad(words[: len(regs) + _PAD_FRAMES // 8], meta):
+            return True
         near = words[: len(regs) + _NEAR // 8]
         active = any(((near >= lo) & (near < hi)).any() for lo, hi in code)
         if active and any(((words >= at) & (words < at + size)).any() for at, size in meta.code):
+            return True
+    return False
+
+
+def _in_pad(words: np.ndarray, meta: Meta) -> bool:
+    """Tell whether a word is an address in a landing pad."""
+    for h in meta.hooks:
+        offset = words - np.uint64(h.base)
+        inside = offset < np.uint64(h.count * h.stride)
+        if h.pad and (inside & (offset % np.uint64(h.stride) >= np.uint64(h.pad))).any():
             return True
     return False
 
