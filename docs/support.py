@@ -161,6 +161,12 @@ LIMITS = (
     ),
     ("a seccomp filter, without CAP_SYS_ADMIN", "refused when attaching", "it may kill the thread for mapping memory"),
     (
+        "gdb beside a tracer",
+        "callers are lost behind hooks, until `fentry symbols PID` and `add-symbol-file`; a thread that is caught inside "
+        "a recording program may still show `??`",
+        "debuggers learn of code from files; the programs have no frame information",
+    ),
+    (
         "a frame left by `longjmp`",
         "its call ends without a true duration, marked so",
         "nothing runs when a frame is abandoned",
