@@ -162,9 +162,8 @@ LIMITS = (
     ("a seccomp filter, without CAP_SYS_ADMIN", "refused when attaching", "it may kill the thread for mapping memory"),
     (
         "gdb beside a tracer",
-        "callers are lost behind hooks, until `fentry symbols PID` and `add-symbol-file`; a thread that is caught inside "
-        "a recording program may still show `??`",
-        "debuggers learn of code from files; the programs have no frame information",
+        "callers are lost behind hooks, unless given the file of `fentry symbols`; in recording programs even then",
+        "debuggers learn of code from files; programs have no frame information",
     ),
     (
         "a frame left by `longjmp`",
