@@ -148,7 +148,8 @@ def attach(
         TraceError: it cannot be traced; it goes on unharmed.
 
     >>> import fentry, subprocess
-    >>> with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as cat:
+    >>> with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as cat:
+    ...     _ = cat.stdin.write(b"up?"), cat.stdout.read(3)  # its libraries are loaded once it answers
     ...     with fentry.attach(cat.pid, tracer="profile", functions=["libc.so.6:*"]) as tracing:
     ...         answer = cat.communicate(b"hello")[0]
     >>> answer, cat.returncode, all(row["hits"] > 0 for row in tracing.stat())

@@ -54,7 +54,7 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # click's signature
         """Names of verbs."""
-        return list(VERBS)
+        return [*VERBS]  # the verb `list` is a module of this package, and hides the type once it is imported
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # click's signature
         """Give a verb."""
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: words after the program's name; None = this process's own.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [*(sys.argv[1:] if argv is None else argv)]
     try:
         status = _run(words)
         if sys.stdout is not None:

@@ -1,0 +1,15 @@
+"""The command line called as a function, again and again in one process."""
+
+from __future__ import annotations
+
+import sys
+
+from fentry.cli import main
+
+
+def test_verbs_do_not_hide_what_main_needs(capsys) -> None:
+    """Importing the verb `list` sets an attribute of its package that is called like the built-in type."""
+    for _ in range(2):
+        assert main(["list", "--json", sys.executable, "main"]) in (0, 2)
+    assert main(["--help"]) == 0
+    assert "record" in capsys.readouterr().out
