@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -76,6 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words after the program's name; None = this process's own.
     """
     words = [*(sys.argv[1:] if argv is None else argv)]
+    pipe = signal.getsignal(signal.SIGPIPE)
+    try:
+        return _main(words)
+    finally:
+        if argv is not None and pipe is not None:  # called as a function: the caller's process is as it was
+            signal.signal(signal.SIGPIPE, pipe)
+
+
+def _main(words: list[str]) -> int:
+    """Run the command line and say what went wrong."""
     try:
         status = _run(words)
         if sys.stdout is not None:
